@@ -1,0 +1,57 @@
+// Loads and stores of 16-bit floats: exact widening, rounding to nearest even, and stochastic rounding with 16 random bits.
+// Everything works on bits, so flush-to-zero of subnormals does not touch it.
+#pragma once
+#include "scalar.h"
+
+namespace fo {
+
+FO_HD float bf16_to_float(uint16_t h) { return from_bits(uint32_t(h) << 16); }
+
+FO_HD uint16_t float_to_bf16(float x) {
+  uint32_t u = bits(x);
+  uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  bool nan = (u & 0x7FFFFFFFu) > 0x7F800000u;
+  return uint16_t(nan ? (u >> 16) | 0x40u : rounded);
+}
+
+// Rounds away from zero with probability (low 16 bits) / 65536; NaN and infinity pass.
+FO_HD uint16_t float_to_bf16_stochastic(float x, uint32_t random16) {
+  uint32_t u = bits(x);
+  bool finite = (u & 0x7F800000u) != 0x7F800000u;
+  bool nan = (u & 0x7FFFFFFFu) > 0x7F800000u;
+  uint32_t v = finite ? u + random16 : u | (nan ? 0x400000u : 0u);
+  return uint16_t(v >> 16);
+}
+
+FO_HD float f16_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000u) << 16, mag = h & 0x7FFFu;
+  uint32_t normal = (mag << 13) + (112u << 23);
+  uint32_t special = (mag << 13) | 0x7F800000u;                // infinity and NaN
+  uint32_t small = bits(float(int32_t(mag)) * 5.9604644775390625e-8f);  // subnormals: mantissa * 2^-24, a normal fp32 number
+  uint32_t out = mag >= 0x7C00u ? special : mag < 0x400u ? small : normal;
+  return from_bits(out | sign);
+}
+
+FO_HD uint16_t float_to_f16(float x) {
+  uint32_t u = bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
+  uint32_t normal = (mag - (112u << 23) + 0xFFFu + ((mag >> 13) & 1u)) >> 13;
+  uint32_t small = bits(from_bits(mag) + 0.5f) - 0x3F000000u;  // the sum rounds to a multiple of 2^-24, ties to even
+  uint32_t out = mag < (113u << 23) ? small : normal;
+  out = out > 0x7C00u ? 0x7C00u : out;
+  out = mag > 0x7F800000u ? 0x7E00u : out;
+  return uint16_t(out | sign);
+}
+
+FO_HD uint16_t float_to_f16_stochastic(float x, uint32_t random16) {
+  uint32_t u = bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
+  uint32_t normal = (mag - (112u << 23) + (random16 >> 3)) >> 13;  // 13 bits are dropped
+  float scaled = mag < (113u << 23) ? from_bits(mag) * 16777216.f : 0.f;  // subnormals: multiples of 2^-24
+  uint32_t whole = uint32_t(int32_t(scaled));
+  uint32_t small = whole + ((scaled - float(int32_t(whole))) * 65536.f > float(int32_t(random16)) ? 1u : 0u);
+  uint32_t out = mag < (113u << 23) ? small : normal;
+  out = out > 0x7C00u ? 0x7C00u : out;
+  uint32_t special = mag > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  return uint16_t((mag >= 0x7F800000u ? special : out) | sign);
+}
+
+}  // namespace fo

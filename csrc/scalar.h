@@ -1,0 +1,52 @@
+// Scalar math of the rules: IEEE on the CPU; on a GPU the 2-ulp division and 1-ulp square root, far inside the error bound of any rule.
+#pragma once
+#include "fusedopt.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace fo {
+
+FO_HD float div(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
+FO_HD float sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return ::sqrtf(x);
+#endif
+}
+
+FO_HD float sign(float x) { return float((x > 0.f) - (x < 0.f)); }  // sign(0) = 0
+FO_HD float max(float a, float b) { return a > b ? a : b; }
+FO_HD float min(float a, float b) { return a < b ? a : b; }
+
+FO_HD uint32_t bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+#endif
+}
+
+FO_HD float from_bits(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+#endif
+}
+
+}  // namespace fo

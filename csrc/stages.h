@@ -1,0 +1,53 @@
+// The stages around a rule's direction: prologue (unscale, clip, maximize, L2), the call, epilogue (trust ratio, lr, decoupled decay).
+#pragma once
+#include "scalar.h"
+
+namespace fo {
+
+// Numbers of one (launch, row): loaded once per chunk.
+struct Stage {
+  float grad_mul;  // 1 / loss scale * clip coefficient * (-1 if maximize)
+  float l2;        // coupled decay
+  float q;         // trust ratio on the gradient (LARS)
+  float lr, decay; // learning rate times the trust ratio on the update (LAMB); lr * decoupled weight decay
+};
+
+FO_HD float unscale(const Launch& launch) {
+  float mul = launch.grad_scale ? div(1.f, *launch.grad_scale) : 1.f;
+  return launch.clip ? mul * *launch.clip : mul;
+}
+
+// torch.nn.utils.clip_grad_norm_'s coefficient
+FO_HD float clip_coefficient(float norm, float max_norm) {
+  float c = div(max_norm, norm + 1e-6f);
+  return c > 1.f ? 1.f : c;  // a NaN norm stays NaN
+}
+
+template <class Rule>
+FO_HD Stage make_stage(const Launch& launch, int phase, const Head& head, const typename Rule::Scalars& c, int64_t tensor) {
+  float mul = unscale(launch);
+  Stage s{mul * head.grad_sign, head.l2, 1.f, head.lr, head.decay};
+  if constexpr (Rule::trust_on == Trust::gradient) {
+    s.q = Rule::trust(launch.sums[2 * tensor], launch.sums[2 * tensor + 1] * mul * mul, c);
+  } else if constexpr (Rule::trust_on == Trust::update) {
+    if (phase == kApply) s.lr = head.lr * Rule::trust(launch.sums[2 * tensor], launch.sums[2 * tensor + 1], c);
+  }
+  return s;
+}
+
+FO_HD float prologue(float g, float p, const Stage& s) { return (g * s.grad_mul + s.l2 * p) * s.q; }
+
+// One rounding of p: decay and update are added first, so a decay below half an ulp of p is not lost on its own.
+FO_HD float epilogue(float p, float u, const Stage& s) { return p - (s.lr * u + s.decay * p); }
+
+// Calls Rule::direction with its states as named references (an array of states stops gcc 12 from vectorising).
+template <class Rule>
+FO_HD float direction(float g, float p, float& a, float& b, float& c, float& d, const typename Rule::Scalars& k) {
+  if constexpr (Rule::state_count == 0) return Rule::direction(g, p, k);
+  else if constexpr (Rule::state_count == 1) return Rule::direction(g, p, a, k);
+  else if constexpr (Rule::state_count == 2) return Rule::direction(g, p, a, b, k);
+  else if constexpr (Rule::state_count == 3) return Rule::direction(g, p, a, b, c, k);
+  else return Rule::direction(g, p, a, b, c, d, k);
+}
+
+}  // namespace fo

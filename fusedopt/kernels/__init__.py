@@ -1,0 +1,1 @@
+"""Triton device code: the multi-tensor step driver, formats, rounding, reductions."""

@@ -1,0 +1,38 @@
+"""Validation of hyperparameters, with torch.optim's messages where torch has one."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_nonnegative(value, what: str) -> None:
+    if not 0.0 <= value:
+        raise ValueError(f"Invalid {what}: {value}")
+
+
+def check_lr(lr, options) -> None:
+    if isinstance(lr, torch.Tensor):
+        if options.get("foreach") and not options.get("capturable"):
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    check_nonnegative(lr, "learning rate")
+
+
+def check_betas(betas, options) -> None:
+    if any(isinstance(b, torch.Tensor) for b in betas):
+        if not all(isinstance(b, torch.Tensor) for b in betas):
+            raise ValueError("betas must be either both floats or both Tensors")
+        for i, beta in enumerate(betas):
+            if options.get("foreach") and not options.get("capturable"):
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+def check_nesterov(nesterov: bool, momentum: float, dampening: float) -> None:
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")

@@ -1,0 +1,90 @@
+"""Rule: the declaration of one update rule, and the registry that a scan of fusedopt.rules fills.
+
+A rule is the part of a step between "fp32 gradient and states" and "update direction u". It has three bodies, written
+independently: the C++ functor (csrc/rules), the Triton device function and the pure-torch reference (fusedopt/rules).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+@dataclass(frozen=True)
+class State:
+    """A state tensor of a rule, shaped like the parameter and zero at the start.
+
+    signed: the 8-bit map it takes: True for first moments, False for second moments (never negative).
+    """
+
+    name: str
+    signed: bool = True
+
+@dataclass(frozen=True)
+class Rule:
+    """One update rule. Flags (which rule) are code; numbers (`scalars`) are data, one row per group and step.
+
+    scalars(h, step): the rule's numbers in the order of `scalar_names`, from the group's hyperparameters `h` and the
+        step count (1 at the first step), in double precision. Written with arithmetic only, so that `step` may also be a
+        float64 tensor on a device (capturable=True).
+    reference(g, p, *states, **scalars) -> (u, *states): pure torch, any floating dtype.
+    direction(g, p, *states, c) -> (u, *states): `@triton.jit`; c points at the rule's scalars in fp32.
+    trust(param_sq, x_sq, **scalars) and trust_triton(param_sq, x_sq, c): the per-tensor scale from two squared norms.
+    trust_on: what the trust ratio scales: None, "gradient" (after coupled decay) or "update".
+
+    """
+
+    name: str
+    states: tuple[State, ...]
+    scalar_names: tuple[str, ...]
+    scalars: Callable[[Mapping[str, Any], Any], tuple]
+    reference: Callable
+    direction: Any
+    trust: Callable | None = None
+    trust_triton: Any = None
+    trust_on: str | None = None
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return tuple(state.name for state in self.states)
+
+    def named_scalars(self, h: Mapping[str, Any], step) -> dict[str, Any]:
+        return dict(zip(self.scalar_names, self.scalars(h, step), strict=True))
+
+_rules: dict[str, Rule] = {}
+_optimizers: dict[str, type] = {}
+
+def register(rule: Rule) -> Rule:
+    if rule.name in _rules:
+        raise ValueError(f"rule {rule.name!r} is registered twice")
+    _rules[rule.name] = rule
+    return rule
+
+def register_optimizer(name: str):
+    """Class decorator: makes an optimizer class known to `fusedopt.create` under `name`."""
+
+    def add(cls):
+        _optimizers[name] = cls
+        return cls
+
+    return add
+
+def scan() -> None:
+    """Imports every module of fusedopt.rules; each registers its rules and classes."""
+    from fusedopt import rules
+
+    for module in sorted(info.name for info in pkgutil.iter_modules(rules.__path__)):
+        importlib.import_module(f"{rules.__name__}.{module}")
+
+def get_rule(name: str) -> Rule:
+    return _rules[name]
+
+def list_rules() -> list[str]:
+    """Names of the registered update rules (variants such as "adam_amsgrad" count as rules)."""
+    return sorted(_rules)
+
+def optimizers() -> dict[str, type]:
+    """Optimizer classes by the name that `fusedopt.create` takes."""
+    return dict(_optimizers)

@@ -1,0 +1,1 @@
+"""One file per update rule: declaration, host scalars, reference, Triton body, optimizer class."""

@@ -1,0 +1,59 @@
+"""Lion: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675), algorithm 2."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedopt.kernels.language import jit, tl
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import check_betas
+from fusedopt.rule import Rule, State, register, register_optimizer
+
+
+def scalars(h, step):
+    beta1, beta2 = h["betas"]
+    return beta1, 1 - beta1, beta2, 1 - beta2
+
+
+def reference(g, p, m, *, beta1, weight1, beta2, weight2):
+    u = torch.sign(m * beta1 + g * weight1)
+    return u, m * beta2 + g * weight2
+
+
+@jit
+def direction(g, p, exp_avg, c):
+    blend = tl.load(c) * exp_avg + tl.load(c + 1) * g
+    u = (blend > 0).to(tl.float32) - (blend < 0).to(tl.float32)
+    return u, tl.load(c + 2) * exp_avg + tl.load(c + 3) * g
+
+
+LION = register(
+    Rule("lion", (State("exp_avg"),), ("beta1", "weight1", "beta2", "weight2"), scalars, reference, direction)
+)
+
+
+@register_optimizer("lion")
+class Lion(FusedOptimizer):
+    """Lion: p -= lr * (sign(beta1 m + (1 - beta1) g) + weight_decay p), then m = beta2 m + (1 - beta2) g. sign(0) = 0.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate; the paper takes 3 to 10 times less than for AdamW.
+        betas: interpolation of the update and of the momentum.
+        weight_decay: decoupled; the paper takes 3 to 10 times more than for AdamW.
+        **options: shared options, see `FusedOptimizer`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+    Source: arXiv 2302.06675, algorithm 2.
+    """
+
+    decay_mode = "decoupled"
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
+        check_betas(betas, options)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options)
+
+    @classmethod
+    def rule_for(cls, group) -> Rule:
+        return LION
