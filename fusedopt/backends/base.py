@@ -1,0 +1,110 @@
+"""What a backend is given and what it must answer: BucketKey, Item, Work, Backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from fusedopt.abi import DTYPE_CODES, Phase
+from fusedopt.formats import Format
+from fusedopt.precision import ParamPrecision
+from fusedopt.rule import Rule
+
+
+class BucketKey(NamedTuple):
+    """Everything that is code rather than data: parameters that share a key share their launches."""
+
+    device: torch.device
+    backend: str
+    rule: str
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    formats: tuple[str, ...]  # one per state of the rule
+    precision: str
+    aligned: bool  # all addresses of all rows are multiples of 16 bytes
+
+
+class Item(NamedTuple):
+    """The tensors of one row. All share one dense memory layout, except scales: fp32 [blocks] or None."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+    scales: tuple[torch.Tensor | None, ...]
+    tensor_id: int
+    scalar_row: int
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One launch for one bucket (struct Launch of csrc/fusedopt.h, with the tensors behind its addresses).
+
+    table: int64 [Column.COUNT, rows]. chunks: int64 [n_chunks], see `abi.chunk_table`. scalars: fp32 [rows, SCALAR_STRIDE].
+    clip: fp32 [1], written by the last NORM launch when max_norm > 0, otherwise read. sums: fp32 [tensor ids, 2].
+    partials: fp32 [grains, 2]. totals: fp32 [NORM launches]. norm: fp32 [1]. counters: int32 [rows + 1], zero before and after.
+    grad_scale, found_inf: fp32, 1 element. Tensors that do not apply are None.
+    """
+
+    key: BucketKey
+    rule: Rule
+    formats: tuple[Format, ...]
+    precision: ParamPrecision
+    items: list[Item]
+    table: torch.Tensor
+    chunks: torch.Tensor
+    scalars: torch.Tensor
+    chunk: int
+    grains: int
+    phase: Phase = Phase.FUSED
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    clip: torch.Tensor | None = None
+    partials: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    totals: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    counters: torch.Tensor | None = None
+    max_norm: float = 0.0
+    total_index: int = 0
+    total_count: int = 1
+    cache: dict = field(default_factory=dict)  # a backend's own, dropped with the bucket
+
+    def fields(self) -> dict:
+        """The Launch fields that describe this work, addresses as integers; `pack_launch` takes them."""
+        out = {
+            "rows": len(self.items),
+            "n_chunks": self.chunks.numel(),
+            "chunk": self.chunk,
+            "grains": self.grains,
+            "max_norm": self.max_norm,
+            "phase": int(self.phase),
+            "param_dtype": DTYPE_CODES[self.key.param_dtype],
+            "grad_dtype": DTYPE_CODES[self.key.grad_dtype],
+            "precision": self.precision.id,
+            "aligned": int(self.key.aligned),
+            "total_index": self.total_index,
+            "total_count": self.total_count,
+        }
+        for i, (form, state) in enumerate(zip(self.formats, self.rule.states, strict=True)):
+            out[f"format{i}"] = form.code(state.signed)
+        for name in ("table", "chunks", "scalars", "grad_scale", "found_inf", "clip", "partials", "sums", "totals", "norm", "counters"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                out[name] = tensor.data_ptr()
+        return out
+
+
+class Backend(Protocol):
+    """Steps buckets. `supports` answers None or the reason why not; `launch` runs one Work on the current stream."""
+
+    name: str
+
+    def supports(self, key: BucketKey) -> str | None: ...
+
+    def units(self, device: torch.device) -> int:
+        """Parallel units (SMs or threads) the chunk size should fill."""
+        ...
+
+    def launch(self, work: Work) -> None: ...
