@@ -41,9 +41,7 @@ SCALAR_STRIDE = 32
 SCALAR_HEAD = 8
 
 # struct Launch, field by field
-_POINTERS = (
-    "table chunks scalars grad_scale found_inf clip partials sums totals norm counters".split()
-)
+_POINTERS = "table chunks scalars grad_scale found_inf clip partials sums totals norm counters".split()
 _COUNTS = "rows n_chunks chunk grains".split()
 _INTS = (
     "rule phase param_dtype grad_dtype precision format0 format1 format2 format3 "

@@ -45,6 +45,8 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu") -> torch.Tensor:
     """int64 [numel]: the 16 random bits of each element. step: int or integer tensor."""
+    if isinstance(step, torch.Tensor):
+        step = step.long()
     octet = torch.arange((numel + 7) // 8, dtype=torch.int64, device=device)
     c0, c1 = octet & _MASK, octet >> 32
     c2, c3 = torch.full_like(octet, tensor_id & _MASK), torch.zeros_like(octet) + step

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+
 @dataclass(frozen=True)
 class State:
     """A state tensor of a rule, shaped like the parameter and zero at the start.
@@ -21,6 +22,7 @@ class State:
 
     name: str
     signed: bool = True
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -53,14 +55,17 @@ class Rule:
     def named_scalars(self, h: Mapping[str, Any], step) -> dict[str, Any]:
         return dict(zip(self.scalar_names, self.scalars(h, step), strict=True))
 
+
 _rules: dict[str, Rule] = {}
 _optimizers: dict[str, type] = {}
+
 
 def register(rule: Rule) -> Rule:
     if rule.name in _rules:
         raise ValueError(f"rule {rule.name!r} is registered twice")
     _rules[rule.name] = rule
     return rule
+
 
 def register_optimizer(name: str):
     """Class decorator: makes an optimizer class known to `fusedopt.create` under `name`."""
@@ -71,6 +76,7 @@ def register_optimizer(name: str):
 
     return add
 
+
 def scan() -> None:
     """Imports every module of fusedopt.rules; each registers its rules and classes."""
     from fusedopt import rules
@@ -78,12 +84,15 @@ def scan() -> None:
     for module in sorted(info.name for info in pkgutil.iter_modules(rules.__path__)):
         importlib.import_module(f"{rules.__name__}.{module}")
 
+
 def get_rule(name: str) -> Rule:
     return _rules[name]
+
 
 def list_rules() -> list[str]:
     """Names of the registered update rules (variants such as "adam_amsgrad" count as rules)."""
     return sorted(_rules)
+
 
 def optimizers() -> dict[str, type]:
     """Optimizer classes by the name that `fusedopt.create` takes."""

@@ -37,11 +37,24 @@ class Item(NamedTuple):
     scalar_row: int
 
 
+class RowNumbers(NamedTuple):
+    """The numbers of one scalar row in double precision: host numbers, or 0-dim tensors on the device (capturable)."""
+
+    lr: float
+    decay: float  # lr * decoupled weight decay
+    l2: float  # coupled weight decay
+    grad_sign: float
+    seed: int
+    step: int
+    scalars: tuple  # the rule's, in the order of its scalar_names
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """One launch for one bucket (struct Launch of csrc/fusedopt.h, with the tensors behind its addresses).
 
-    table: int64 [Column.COUNT, rows]. chunks: int64 [n_chunks], see `abi.chunk_table`. scalars: fp32 [rows, SCALAR_STRIDE].
+    table: int64 [Column.COUNT, rows]. chunks: int64 [n_chunks], see `abi.chunk_table`. scalars: fp32 [rows, SCALAR_STRIDE];
+    numbers: the same in double precision.
     clip: fp32 [1], written by the last NORM launch when max_norm > 0, otherwise read. sums: fp32 [tensor ids, 2].
     partials: fp32 [grains, 2]. totals: fp32 [NORM launches]. norm: fp32 [1]. counters: int32 [rows + 1], zero before and after.
     grad_scale, found_inf: fp32, 1 element. Tensors that do not apply are None.
@@ -55,6 +68,7 @@ class Work:
     table: torch.Tensor
     chunks: torch.Tensor
     scalars: torch.Tensor
+    numbers: list[RowNumbers]
     chunk: int
     grains: int
     phase: Phase = Phase.FUSED
@@ -89,7 +103,19 @@ class Work:
         }
         for i, (form, state) in enumerate(zip(self.formats, self.rule.states, strict=True)):
             out[f"format{i}"] = form.code(state.signed)
-        for name in ("table", "chunks", "scalars", "grad_scale", "found_inf", "clip", "partials", "sums", "totals", "norm", "counters"):
+        for name in (
+            "table",
+            "chunks",
+            "scalars",
+            "grad_scale",
+            "found_inf",
+            "clip",
+            "partials",
+            "sums",
+            "totals",
+            "norm",
+            "counters",
+        ):
             tensor = getattr(self, name)
             if tensor is not None:
                 out[name] = tensor.data_ptr()

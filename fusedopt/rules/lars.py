@@ -27,9 +27,7 @@ def reference(g, p, **_):
 
 
 def reference_with_momentum(g, p, b, *, momentum, weight, look_grad, look_buffer, **_):
-    return momentum_reference(
-        g, p, b, momentum=momentum, weight=weight, look_grad=look_grad, look_buffer=look_buffer
-    )
+    return momentum_reference(g, p, b, momentum=momentum, weight=weight, look_grad=look_grad, look_buffer=look_buffer)
 
 
 def trust(param_sq, grad_sq, *, coefficient, weight_decay, eps, adapt, clip_lr, **_):

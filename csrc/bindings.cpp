@@ -1,0 +1,119 @@
+// Python module fusedopt._native_cpu: runs a Launch with the driver of the instruction set it names. Integers and bytes only.
+#include "cpu/isa.h"
+#include "rule_headers.inc"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+#define FO_LIST(Type) {fo::Type::name, fo::Type::states, fo::Type::scalars, int(fo::Type::trust_on)},
+const fo::RuleInfo kRules[] = {
+#include "rules.inc"
+};
+#undef FO_LIST
+constexpr int kRuleCount = int(sizeof(kRules) / sizeof(kRules[0]));
+
+bool usable(int32_t isa) {
+  if (isa == kIsaBaseline) return true;
+#if defined(FO_X86)
+  __builtin_cpu_init();
+  if (isa == kIsaAvx2) return __builtin_cpu_supports("avx2");
+  if (isa == kIsaAvx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx2");
+  }
+#endif
+  return false;
+}
+
+FoDriver driver(int32_t isa) {
+  if (!usable(isa)) throw std::invalid_argument("instruction set " + std::to_string(isa) + " is not usable here: see isa()");
+#if defined(FO_X86)
+  if (isa == kIsaAvx512) return fo_avx512::driver();
+  if (isa == kIsaAvx2) return fo_avx2::driver();
+#endif
+  return fo_baseline::driver();
+}
+
+void launch(const py::bytes& packed) {
+  fo::Launch work;
+  char* data;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(packed.ptr(), &data, &size) != 0) throw py::error_already_set();
+  if (size != Py_ssize_t(sizeof work)) throw std::invalid_argument("a Launch has launch_bytes() bytes");
+  std::memcpy(&work, data, sizeof work);
+  if (work.bytes != int32_t(sizeof work)) throw std::invalid_argument("the layout of this Launch is another version's");
+  if (work.rule < 0 || work.rule >= kRuleCount) throw std::invalid_argument("no such rule: see describe()");
+  if (work.phase < fo::kFused || work.phase > fo::kNorm) throw std::invalid_argument("no such phase");
+  const FoDriver chosen = driver(work.isa);
+  py::gil_scoped_release released;
+  if (work.phase == fo::kNorm) chosen.norm(&work);
+  else chosen.steps[work.rule](&work);
+}
+
+std::vector<std::tuple<std::string, std::string, std::string, int>> describe() {
+  std::vector<std::tuple<std::string, std::string, std::string, int>> rules;
+  for (const fo::RuleInfo& r : kRules) rules.emplace_back(r.name, r.states, r.scalars, r.trust_on);
+  return rules;
+}
+
+std::vector<std::pair<std::string, int>> isa() {
+  std::vector<std::pair<std::string, int>> found;
+  const char* names[kIsaCount] = {"baseline", "avx2", "avx512"};
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (usable(i)) found.emplace_back(names[i], i);
+  }
+  return found;
+}
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_cpu, m) {
+  m.doc() = "Multi-tensor optimizer steps on the CPU. All arguments are addresses, numbers and packed Launch structs.";
+  m.def("launch", &launch, py::arg("packed"), "Runs one packed Launch.");
+  m.def("launch_bytes", [] { return sizeof(fo::Launch); }, "Size of a packed Launch.");
+  m.def("describe", &describe, "(name, states, scalars, trust_on) of every rule, in the order of rule ids.");
+  m.def("isa", &isa, "(name, code) of the instruction sets this machine can run, the widest last.");
+  m.def("max_threads", &max_threads, "Threads OpenMP would use; 1 where it was not available to the build.");
+  m.def(
+      "int8_encode",
+      [](uintptr_t values, int64_t numel, bool is_signed, uintptr_t codes, uintptr_t scales, int32_t isa) {
+        driver(isa).int8_encode(at<float>(values), numel, is_signed, at<uint8_t>(codes), at<float>(scales));
+      },
+      py::arg("values"), py::arg("numel"), py::arg("signed"), py::arg("codes"), py::arg("scales"), py::arg("isa"),
+      "Encodes fp32 values into int8 codes and one fp32 scale per 256 of them.");
+  m.def(
+      "int8_decode",
+      [](uintptr_t codes, uintptr_t scales, int64_t numel, bool is_signed, uintptr_t values, int32_t isa) {
+        driver(isa).int8_decode(at<uint8_t>(codes), at<float>(scales), numel, is_signed, at<float>(values));
+      },
+      py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("signed"), py::arg("values"), py::arg("isa"),
+      "Decodes int8 codes into fp32 values.");
+}

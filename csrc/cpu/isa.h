@@ -1,0 +1,20 @@
+// Instruction sets of the CPU drivers: the codes of Launch.isa, and what each one offers from its own namespace.
+//
+// The same headers are compiled once per instruction set with `-Dfo=fo_<isa>`, which renames namespace fo. No inline function
+// of one set can then stand in for another's at link time, where a baseline machine would meet AVX-512 code.
+#pragma once
+#include <cstdint>
+
+enum FoIsa : int32_t { kIsaBaseline = 0, kIsaAvx2 = 1, kIsaAvx512 = 2, kIsaCount = 3 };
+
+// Launches come as addresses of fo::Launch, a type of another name in every namespace.
+struct FoDriver {
+  void (*const* steps)(const void* launch);  // by rule id
+  void (*norm)(const void* launch);
+  void (*int8_encode)(const float* values, int64_t numel, bool is_signed, uint8_t* codes, float* scales);
+  void (*int8_decode)(const uint8_t* codes, const float* scales, int64_t numel, bool is_signed, float* values);
+};
+
+namespace fo_baseline { FoDriver driver(); }
+namespace fo_avx2 { FoDriver driver(); }
+namespace fo_avx512 { FoDriver driver(); }

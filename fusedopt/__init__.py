@@ -1,0 +1,40 @@
+"""fusedopt: optimizer steps at memory bandwidth: multi-tensor launches, 8-bit states, bf16-safe parameters."""
+
+from fusedopt import rule as _rule
+from fusedopt.backends.select import use_backend
+from fusedopt.factory import create
+from fusedopt.formats import list_formats
+from fusedopt.norms import clip_grad_norm_, global_norm
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.precision import list_precisions
+from fusedopt.rule import list_rules
+from fusedopt.states import override, state_bytes
+
+_rule.scan()
+
+from fusedopt.rules.adam import Adam, AdamW  # noqa: E402
+from fusedopt.rules.lamb import LAMB  # noqa: E402
+from fusedopt.rules.lars import LARS  # noqa: E402
+from fusedopt.rules.lion import Lion  # noqa: E402
+from fusedopt.rules.sgd import SGD  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Lion",
+    "clip_grad_norm_",
+    "create",
+    "global_norm",
+    "list_formats",
+    "list_precisions",
+    "list_rules",
+    "override",
+    "state_bytes",
+    "use_backend",
+]

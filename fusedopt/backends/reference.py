@@ -1,0 +1,107 @@
+"""The reference backend: the whole pipeline in pure torch, one tensor at a time, on any device and floating dtype.
+
+It defines the numbers the other backends are tested against (`dtype=torch.float64` gives the oracle).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedopt.abi import Phase
+from fusedopt.backends.base import BucketKey, Item, Work
+from fusedopt.memory import flat
+from fusedopt.precision import philox16, round_stochastic
+
+
+def _as(value, like: torch.Tensor):
+    """A host number as it is; a number on a device in the dtype of `like`."""
+    return value.to(device=like.device, dtype=like.dtype) if isinstance(value, torch.Tensor) else value
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        """dtype: of the arithmetic; None takes fp64 where a tensor is fp64, fp32 elsewhere."""
+        self.dtype = dtype
+
+    def reason(self) -> str | None:
+        return None
+
+    def supports(self, key: BucketKey) -> str | None:
+        return None
+
+    def units(self, device: torch.device) -> int:
+        return 1
+
+    def launch(self, work: Work) -> None:
+        if work.found_inf is not None and work.phase != Phase.NORM and bool(work.found_inf):
+            return
+        if work.phase == Phase.NORM:
+            return self._norm(work)
+        for item in work.items:
+            self._step(work, item)
+
+    def _dtype(self, item: Item) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        double = torch.float64 in (item.param.dtype, item.grad.dtype)
+        return torch.float64 if double else torch.float32
+
+    def _norm(self, work: Work) -> None:
+        total = torch.zeros((), dtype=work.totals.dtype, device=work.totals.device)
+        for item in work.items:
+            pair = torch.stack([flat(t).to(self._dtype(item)).square().sum() for t in (item.param, item.grad)])
+            if work.sums is not None:
+                work.sums[item.tensor_id] = pair
+            total += pair[1]
+        work.totals[work.total_index] = total
+        if work.total_index == work.total_count - 1:
+            norm = work.totals.sum().sqrt()
+            if work.grad_scale is not None:
+                norm = norm / work.grad_scale.view(())
+            work.norm.copy_(norm)
+            if work.max_norm > 0:
+                work.clip.copy_((work.max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+    def _step(self, work: Work, item: Item) -> None:
+        rule, row = work.rule, work.numbers[item.scalar_row]
+        dtype = self._dtype(item)
+        p, g = flat(item.param).to(dtype), flat(item.grad).to(dtype)
+        named = {k: _as(v, p) for k, v in zip(rule.scalar_names, row.scalars, strict=True)}
+        states = []
+        for stored, scale, form, state in zip(item.states, item.scales, work.formats, rule.states, strict=True):
+            states.append(form.decode(flat(stored), scale, state.signed, dtype))
+
+        mul = row.grad_sign
+        if work.grad_scale is not None:
+            mul = mul / work.grad_scale.view(()).to(dtype)
+        if work.clip is not None:
+            mul = mul * work.clip.view(()).to(dtype)
+        g = g * mul + row.l2 * p
+        if rule.trust_on == "gradient":
+            param_sq, grad_sq = work.sums[item.tensor_id].to(dtype).unbind()
+            g = g * rule.trust(param_sq, grad_sq * (mul * mul), **named)
+
+        u, *states = rule.reference(g, p, *states, **named)
+
+        if work.phase == Phase.PROBE:
+            work.sums[item.tensor_id] = torch.stack([p.square().sum(), u.square().sum()])
+            return
+        lr = _as(row.lr, p)
+        if work.phase == Phase.APPLY:
+            param_sq, update_sq = work.sums[item.tensor_id].to(dtype).unbind()
+            lr = lr * rule.trust(param_sq, update_sq, **named)
+        p = p - (lr * u + _as(row.decay, p) * p)
+
+        if work.precision.name == "stochastic" and item.param.dtype in (torch.bfloat16, torch.float16):
+            random16 = philox16(row.seed, row.step, item.tensor_id, p.numel(), p.device)
+            p = round_stochastic(p.float(), item.param.dtype, random16)
+        flat(item.param).copy_(p)
+        for x, stored, scale, form, state in zip(
+            states, item.states, item.scales, work.formats, rule.states, strict=True
+        ):
+            codes, new_scale = form.encode(x, state.signed) if form.block else (x, None)
+            flat(stored).copy_(codes)
+            if scale is not None:
+                scale.copy_(new_scale)

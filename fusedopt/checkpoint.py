@@ -1,0 +1,146 @@
+"""State dicts: loading that keeps every dtype, conversion between formats, and the torch.optim form."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from copy import deepcopy
+from itertools import chain
+
+import torch
+
+from fusedopt import states as st
+from fusedopt.checks import describe
+
+STORAGE_OPTIONS = ("state_format", "param_precision", "min_quantized_numel")
+OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
+
+
+def to_torch(opt, native: dict) -> dict:
+    """The state dict as the torch.optim class of the same rule would give it: fp32 states, no scales, no own options."""
+    indices = {}
+    start = 0
+    for group in opt.param_groups:
+        for i, p in enumerate(group["params"]):
+            indices[start + i] = (p, group)
+        start += len(group["params"])
+    out = {}
+    for index, entry in native["state"].items():
+        _, group = indices[index]
+        rule = opt.rule_for(group)
+        converted = {} if rule.name.startswith("sgd") else {"step": entry["step"].clone()}
+        for state in rule.states:
+            if state.name in entry:
+                converted[_torch_name(state.name)] = st.decode(entry, state)
+        out[index] = converted
+    groups = [{k: v for k, v in g.items() if k not in OWN_OPTIONS} for g in native["param_groups"]]
+    return {"state": out, "param_groups": groups}
+
+
+# torch.optim calls AMSGrad's maximum in the plural
+_TORCH_NAMES = {"max_exp_avg_sq": "max_exp_avg_sqs"}
+
+
+def _torch_name(name: str) -> str:
+    return _TORCH_NAMES.get(name, name)
+
+
+def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> dict:
+    """One parameter's state in this optimizer's formats, on its device. Raises ValueError where it does not fit."""
+    name = type(opt).__name__
+    what = describe(name, index, p)
+    rule = opt.rule_for(group)
+    entry = {k: v for k, v in entry.items() if v is not None}
+    for ours, theirs in _TORCH_NAMES.items():
+        if theirs in entry:
+            entry[ours] = entry.pop(theirs)
+    present = [s for s in rule.states if s.name in entry]
+    missing = [s.name for s in rule.states if s.name not in entry]
+    if missing and (present or _is_foreign(rule, entry)):
+        raise ValueError(
+            f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} needs {missing}. "
+            "Load a state dict of the same optimizer."
+        )
+    out: dict = {}
+    step = entry.get("step", 1.0 if present else 0.0)  # torch.optim.SGD counts no steps
+    step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
+    on_device = opt.steps_on_device(p, group)
+    out["step"] = step.to(device=p.device if on_device else "cpu", dtype=_step_dtype()).view(())
+    for state, form in zip(rule.states, st.configured_formats(p, group, rule), strict=True):
+        if state.name not in entry:
+            continue
+        tensor = entry[state.name]
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != p.shape:
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{what}: the loaded state {state.name!r} has shape {found}. Load a state dict of the same model."
+            )
+        scale = st.scale_name(state.name)
+        if tensor.dtype == torch.uint8:
+            blocks = form.scale_count(p.numel()) or -(-p.numel() // 256)
+            if scale not in entry or entry[scale].numel() != blocks:
+                raise ValueError(
+                    f"{what}: the loaded 8-bit state {state.name!r} needs {blocks} scales under {scale!r}. "
+                    "Load a complete state dict."
+                )
+        elif not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{what}: the loaded state {state.name!r} has dtype {tensor.dtype}, which no format stores."
+            )
+        _take(p, out, entry, state, form)
+    return out
+
+
+def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
+    """Copies a state as it is where format and layout agree, else decodes and stores it anew."""
+    tensor, scale = entry[state.name], st.scale_name(state.name)
+    if st.stored_format(entry, state.name) is form and tensor.dtype == st.storage_dtype(form, p):
+        st.allocate(p, out, state, form)
+        if not form.block:
+            out[state.name].copy_(tensor)
+            return
+        if tensor.stride() == out[state.name].stride():
+            out[state.name].copy_(tensor)
+            out[scale].copy_(entry[scale])
+            return
+    values = st.decode(entry, state) if scale in entry else tensor
+    st.store(p, out, state, form, values.to(p.device))
+
+
+def _is_foreign(rule, entry: dict) -> bool:
+    tensors = [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k != "step"]
+    return bool(tensors) or bool(rule.states) and float(entry.get("step", 0)) > 0
+
+
+def _step_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def prepare(opt, state_dict: dict) -> dict:
+    """What Optimizer.__setstate__ takes, from a loaded state dict; the optimizer is not touched."""
+    groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
+    if len(groups) != len(saved_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(g["params"]) != len(s["params"]) for g, s in zip(groups, saved_groups, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
+    new_groups = []
+    for group, saved in zip(groups, saved_groups, strict=True):
+        merged = {**opt.defaults, **saved, "params": group["params"]}
+        for option in STORAGE_OPTIONS:
+            merged[option] = group[option]
+        if "param_names" in group and "param_names" not in saved:
+            merged["param_names"] = group["param_names"]
+        new_groups.append(merged)
+    ids = chain.from_iterable(g["params"] for g in saved_groups)
+    owners = [(p, g) for g in new_groups for p in g["params"]]
+    by_id = {saved_id: (i, *owner) for i, (saved_id, owner) in enumerate(zip(ids, owners, strict=True))}
+    state: dict = {}
+    with torch.no_grad():
+        for key, entry in state_dict["state"].items():
+            if key in by_id:
+                index, p, group = by_id[key]
+                state[p] = _load_entry(opt, index, p, group, entry)
+            else:
+                state[key] = entry
+    return {"state": defaultdict(dict, state), "param_groups": new_groups}

@@ -1,0 +1,66 @@
+"""What a step refuses, each with the parameter it is about and what to do; all checks run before anything is changed."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedopt.memory import is_dense, overlaps, strides_match
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(name: str, index: int, p: torch.Tensor) -> str:
+    return f"{name}: parameter {index} (shape {tuple(p.shape)}, {p.dtype}, device {p.device})"
+
+
+def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> None:
+    what = describe(name, index, p)
+    if p.layout != torch.strided:
+        raise RuntimeError(f"{what} is sparse. Make it dense with .to_dense().")
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"{what} has a sparse gradient: {name} does not support sparse gradients. "
+            "Use sparse=False in the embedding, or torch.optim.SparseAdam for this parameter."
+        )
+    if p.is_complex() or g.is_complex():
+        raise RuntimeError(
+            f"{what} is complex, which {name} does not support. Optimise torch.view_as_real(parameter) instead."
+        )
+    if p.dtype not in FLOATING or g.dtype not in FLOATING:
+        raise RuntimeError(
+            f"{what} with a gradient of {g.dtype}: only float32, bfloat16, float16 and float64 are stepped."
+        )
+    if p.is_meta or g.is_meta:
+        raise RuntimeError(
+            f"{what} is on the meta device and has no data. Materialise the model with to_empty() first."
+        )
+    if type(p).__name__ == "DTensor":
+        raise RuntimeError(f"{what} is a DTensor, which {name} cannot step yet. Step its local tensor instead.")
+    if g.device != p.device:
+        raise RuntimeError(f"{what} has its gradient on {g.device}. Move it to {p.device}.")
+    if g.shape != p.shape:
+        raise RuntimeError(f"{what} has a gradient of shape {tuple(g.shape)}. The shapes must be equal.")
+    if overlaps(p):
+        raise RuntimeError(
+            f"{what} has elements that share memory (strides {p.stride()}). Use .clone() to give each its own."
+        )
+
+
+def check_layout(name: str, index: int, p: torch.Tensor, work: torch.Tensor, entry: dict, state: str) -> None:
+    """A state that was put in place from outside must have the parameter's shape, device and layout; the layout is mended."""
+    tensor = entry[state]
+    if tensor.shape != p.shape or tensor.device != p.device:
+        raise RuntimeError(
+            f"{describe(name, index, p)}: its state {state!r} has shape {tuple(tensor.shape)} on {tensor.device}. "
+            "Load a state dict of the same model, or move the state to the parameter's device."
+        )
+    if not strides_match(tensor, work):
+        blockwise = f"{state}_scale" in entry
+        if blockwise or not is_dense(tensor) and overlaps(tensor):
+            raise RuntimeError(
+                f"{describe(name, index, p)}: its state {state!r} has strides {tensor.stride()}, the parameter "
+                f"{p.stride()}. Load the state dict again so that it takes the parameter's layout."
+            )
+        entry[state] = torch.empty_strided(work.shape, work.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+            tensor
+        )

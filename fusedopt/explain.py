@@ -1,0 +1,92 @@
+"""The report behind opt.plan().explain(): buckets, backends, formats, launches, bytes per step, reasons."""
+
+from __future__ import annotations
+
+from fusedopt.abi import Phase
+
+
+def bytes_per_step(bucket, phase: Phase) -> float:
+    """Bytes a launch must move: every stream once per read and once per write."""
+    key, rule = bucket.key, bucket.slots[0].rule
+    n = sum(s.param.numel() for s in bucket.slots)
+    p, g = key.param_dtype.itemsize, key.grad_dtype.itemsize
+    states = sum(f.bytes_per_element for f in bucket.slots[0].formats)
+    if phase == Phase.NORM:
+        return n * (g + (p if rule.trust_on == "gradient" else 0))
+    reads = p + g + states
+    return n * (reads if phase == Phase.PROBE else reads + p + states)
+
+
+class PlanReport:
+    """A plan as numbers and text."""
+
+    def __init__(self, opt, plan):
+        self._name, self._plan = type(opt).__name__, plan
+
+    @property
+    def buckets(self) -> list[dict]:
+        """One dict per bucket: device, backend, rule, dtypes, formats, precision, tensors, elements, launches, bytes, reasons."""
+        out = []
+        for device in self._plan.devices:
+            for bucket in device.buckets:
+                phases = [ph for ph in bucket.works if ph != Phase.NORM or bucket in device.normed]
+                key = bucket.key
+                out.append({
+                    "device": str(key.device), "backend": key.backend, "rule": key.rule,
+                    "param_dtype": str(key.param_dtype).removeprefix("torch."),
+                    "grad_dtype": str(key.grad_dtype).removeprefix("torch."),
+                    "formats": dict(zip(bucket.slots[0].rule.state_names, key.formats, strict=True)),
+                    "precision": key.precision, "aligned": key.aligned, "tensors": len(bucket.slots),
+                    "elements": sum(s.param.numel() for s in bucket.slots),
+                    "phases": [ph.name.lower() for ph in phases],
+                    "launches": len(phases) if bucket.native else 0,
+                    "bytes": sum(bytes_per_step(bucket, ph) for ph in phases),
+                    "reasons": sorted({r for s in bucket.slots for r in s.reasons}),
+                })  # fmt: skip
+        return out
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches of one step."""
+        return sum(b["launches"] for b in self.buckets)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes one step must move."""
+        return sum(b["bytes"] for b in self.buckets)
+
+    def _notes(self) -> list[str]:
+        notes = []
+        for slot in self._plan.slots:
+            what = f"parameter {slot.tensor_id} {tuple(slot.param.shape)}"
+            wanted = self._plan.opt.param_groups[slot.group]
+            small = slot.param.numel() < wanted["min_quantized_numel"]
+            asked = wanted["state_format"]
+            if small and asked != "fp32" and slot.rule.states and all(f.name == "fp32" for f in slot.formats):
+                notes.append(
+                    f"{what}: fp32 states, fewer than min_quantized_numel={wanted['min_quantized_numel']} elements"
+                )
+            if slot in self._plan.gapped:
+                notes.append(f"{what}: a view with gaps, stepped through a dense copy")
+            elif slot.copy_grad:
+                notes.append(f"{what}: gradient copied to the parameter's strides {slot.param.stride()} each step")
+        return notes
+
+    def explain(self) -> str:
+        """A table of the buckets, totals, and every reason for a fallback."""
+        lines = [f"{self._name}: {self.launches} launches, {self.bytes / 1e6:.3f} MB per step"]
+        for b in self.buckets:
+            formats = ", ".join(f"{k} {v}" for k, v in b["formats"].items()) or "no states"
+            lines.append(
+                f"  {b['device']} {b['backend']}: {b['rule']}, p {b['param_dtype']} ({b['precision']}), g {b['grad_dtype']}, "
+                f"{formats}; {b['tensors']} tensors, {b['elements']} elements"
+                f"{'' if b['aligned'] else ', not 16-byte aligned'}; phases {'+'.join(b['phases'])}, {b['bytes'] / 1e6:.3f} MB"
+            )
+            lines += [f"    not {reason}" for reason in b["reasons"]]
+        notes = self._notes()
+        lines += [f"  {note}" for note in notes[:20]]
+        if len(notes) > 20:
+            lines.append(f"  ... and {len(notes) - 20} more")
+        return "\n".join(lines)
+
+    __str__ = explain

@@ -1,0 +1,80 @@
+"""global_norm and clip_grad_norm_: the gradient norm as one multi-tensor launch, and clipping with its coefficient."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedopt.abi import GRAIN_SIZE, DTYPE_CODES, Column, Phase, chunk_size, chunk_table
+from fusedopt.backends import select
+from fusedopt.backends.base import BucketKey, Item, Work
+from fusedopt.memory import flat, is_dense
+from fusedopt.precision import get_precision
+from fusedopt.rule import get_rule
+
+
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """fp32 [1]: the sum of squares over dense tensors of one device and dtype."""
+    first = tensors[0]
+    device, dtype = first.device, first.dtype
+    aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+    key = BucketKey(device, "", "sgd", dtype, dtype, (), "nearest", aligned)
+    name, _ = select.choose(key, select.requested(None))
+    backend = select.get_backend(name)
+    numels = [t.numel() for t in tensors]
+    grains = [-(-n // GRAIN_SIZE) for n in numels]
+    table = torch.zeros(Column.COUNT, len(tensors), dtype=torch.int64)
+    table[Column.GRAD] = table[Column.PARAM] = torch.tensor([t.data_ptr() for t in tensors])
+    table[Column.NUMEL] = torch.tensor(numels)
+    table[Column.GRAIN] = torch.tensor([0, *grains[:-1]]).cumsum(0)
+    size = chunk_size(sum(numels), backend.units(device))
+    out = [torch.zeros(n, dtype=torch.float32, device=device) for n in (1, 1)]
+    work = Work(
+        key._replace(backend=name), get_rule("sgd"), (), get_precision("nearest"),
+        [Item(t, t, (), (), i, 0) for i, t in enumerate(tensors)],
+        table.to(device), chunk_table(numels, size).to(device), torch.zeros(1, 32, device=device), [], size, sum(grains),
+        phase=Phase.NORM, totals=out[0], norm=out[1],
+        partials=torch.zeros(sum(grains), 2, device=device),
+        counters=torch.zeros(len(tensors) + 1, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    backend.launch(work)
+    return out[0]
+
+
+@torch.no_grad()
+def global_norm(tensors) -> torch.Tensor:
+    """L2 norm over all elements of all tensors (an iterable, None entries skipped): fp32, 0-dim, on the first one's device.
+
+    One launch per device and dtype. Raises RuntimeError for sparse or complex tensors.
+    """
+    found = [t for t in tensors if t is not None]
+    groups: dict = {}
+    for i, t in enumerate(found):
+        if t.layout != torch.strided or not t.dtype.is_floating_point:
+            raise RuntimeError(f"global_norm: tensor {i} ({t.dtype}, {t.layout}) must be dense and floating point")
+        if t.numel():
+            groups.setdefault((t.device, t.dtype), []).append(t if is_dense(t) else t.contiguous())
+    if not groups:
+        return torch.zeros((), device=found[0].device if found else "cpu")
+    total = None
+    for (_, dtype), mine in groups.items():
+        if dtype in DTYPE_CODES:
+            part = _sum_of_squares([flat(t) for t in mine]).double()
+        else:
+            part = torch.stack([t.double().square().sum() for t in mine]).sum().view(1)
+        total = part if total is None else total + part.to(total.device)
+    return total.sqrt().float().view(())
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
+    """torch.nn.utils.clip_grad_norm_ for the L2 norm: scales every .grad in place and returns the norm before clipping.
+
+    `clip_grad_norm=` of an optimizer does the same inside the step without the scaling pass.
+    """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(grads)
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(clip.to(g.device))
+    return norm

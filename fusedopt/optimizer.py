@@ -1,0 +1,222 @@
+"""FusedOptimizer: the torch.optim.Optimizer around a Plan. Each rule's class adds its hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusedopt import checkpoint
+from fusedopt import states as st
+from fusedopt.backends import select
+from fusedopt.explain import PlanReport
+from fusedopt.options import check_lr, check_nonnegative
+from fusedopt.plan import Plan
+from fusedopt.precision import get_precision
+from fusedopt.rule import Rule
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of every optimizer class: one multi-tensor step over all parameter groups.
+
+    Shared options (keyword only):
+        state_format: how states are stored: "fp32", "bf16", "int8" ("8bit"), or a dict by state name. Per group.
+        param_precision: how bf16 and fp16 parameters are rounded: "nearest" or "stochastic". Per group.
+        min_quantized_numel: tensors with fewer elements keep fp32 states under a blockwise format. Per group.
+        seed: of the stochastic rounding. Per group.
+        clip_grad_norm: clip the global gradient norm to this value inside the step; `grad_norm` holds the norm.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the best that can.
+        amp_fused: take GradScaler's scale and found_inf into the step (no host synchronisation).
+        maximize, capturable, differentiable, foreach, fused: as in torch.optim. foreach changes nothing;
+            fused=False takes the pure-torch reference; capturable=True keeps all numbers on the device.
+
+    Raises:
+        ValueError: an option is out of range. TypeError: params is not an iterable of tensors or groups.
+        RuntimeError (at the step): a parameter or gradient cannot be stepped; nothing has been changed then.
+    """
+
+    decay_mode = "coupled"
+
+    def __init__(
+        self,
+        params,
+        defaults: dict[str, Any],
+        *,
+        state_format: str | dict[str, str] = "fp32",
+        param_precision: str = "nearest",
+        min_quantized_numel: int = 4096,
+        seed: int = 0,
+        clip_grad_norm: float | None = None,
+        backend: str | None = None,
+        amp_fused: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+    ):
+        flags = {"foreach": foreach, "capturable": capturable}
+        check_lr(defaults["lr"], flags)
+        check_nonnegative(defaults["weight_decay"], "weight_decay value")
+        st.check_state_format(state_format)
+        get_precision(param_precision)
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(
+                f"Invalid clip_grad_norm value: {clip_grad_norm}; it must be positive, or None for no clipping"
+            )
+        if backend is not None:
+            select.get_backend(backend)
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self.clip_grad_norm = clip_grad_norm
+        self.backend = backend
+        self.amp_fused = amp_fused
+        defaults = {
+            **defaults,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "state_format": state_format,
+            "param_precision": param_precision,
+            "min_quantized_numel": min_quantized_numel,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    # What a rule's class says
+
+    @classmethod
+    def rule_for(cls, group: dict) -> Rule:
+        """The rule that steps a group, chosen by its flags."""
+        raise TypeError(f"{cls.__name__} does not say which rule steps a group: define rule_for(group)")
+
+    # Pickling, copying and loading
+
+    _plan: Plan | None = None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return self.amp_fused
+
+    def __getstate__(self) -> dict:
+        """All public attributes (torch keeps only defaults, state and param_groups); schedulers' patched `step` stays behind."""
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "step"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def state_dict(self, format: str = "native") -> dict:
+        """The state dict. format="torch": states decoded to fp32 under torch.optim's names, loadable by the torch class."""
+        if format not in ("native", "torch"):
+            raise ValueError(f"state_dict: unknown format {format!r}; it is 'native' or 'torch'")
+        native = super().state_dict()
+        return native if format == "native" else checkpoint.to_torch(self, native)
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads a state dict of this class or of its torch.optim counterpart; dtypes are kept, not cast to the parameter's.
+
+        Storage options (state_format, param_precision, min_quantized_numel) stay as this optimizer was given them; states
+        in another format are converted. Raises ValueError where groups, rule or shapes do not fit; nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        self.__setstate__(checkpoint.prepare(self, state_dict))
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    # Stepping
+
+    def flags(self) -> tuple:
+        """Everything about the options that is code: a change means a new plan."""
+        asked = select.requested(self.backend_for_step())
+        out: list = [asked, self.clip_grad_norm]
+        for g in self.param_groups:
+            formats = g["state_format"]
+            out.append((
+                self.rule_for(g).name, g["capturable"], g["param_precision"], g["min_quantized_numel"],
+                tuple(formats.items()) if isinstance(formats, dict) else formats, len(g["params"]),
+            ))  # fmt: skip
+        return tuple(out)
+
+    def backend_for_step(self) -> str | None:
+        if self.backend is None and (self.defaults["fused"] is False or self.defaults["differentiable"]):
+            return "reference"
+        return self.backend
+
+    def steps_on_device(self, p: torch.Tensor, group: dict) -> bool:
+        """Whether a parameter's step count lives on its device (CUDA graphs; skipped steps without a host round trip)."""
+        return bool(group["capturable"] or self.amp_fused and p.device.type != "cpu")
+
+    def init_state(self, p: torch.Tensor, group: dict, rule: Rule) -> dict:
+        """The state dict of a parameter, with what the rule needs and it does not have yet."""
+        entry = self.state[p]
+        if "step" not in entry:
+            entry["step"] = torch.zeros((), dtype=torch.float32)
+        formats = st.configured_formats(p, group, rule)
+        for state, form in zip(rule.states, formats, strict=True):
+            if state.name not in entry:
+                st.allocate(p, entry, state, form)
+        return entry
+
+    def _current_plan(self, params, grads) -> Plan:
+        plan = self._plan
+        if plan is None or not plan.still_valid(params, grads):
+            with torch.no_grad():
+                plan = self._plan = Plan(self, params, grads)
+        return plan
+
+    def step(self, closure: Callable[[], Any] | None = None):
+        """Performs one step over all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
+        self._accelerator_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            return loss
+        scale = found = None
+        if self.amp_fused:
+            scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            plan = self._current_plan(params, grads)
+            plan.run([g for g in grads if g is not None], scale, found)
+        return loss
+
+    def _accelerator_check(self) -> None:
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        check = check or getattr(self, "_cuda_graph_capture_health_check", None)
+        if check is not None:
+            check()
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global gradient norm of the last step before clipping, fp32 [1] on the device; None without clip_grad_norm."""
+        return self._plan.grad_norm() if self._plan is not None and self.clip_grad_norm is not None else None
+
+    def plan(self) -> PlanReport:
+        """What a step would launch with the present gradients: `print(opt.plan().explain())`.
+
+        States are allocated if they do not exist yet, as the step itself would.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        return PlanReport(self, self._current_plan(params, grads))

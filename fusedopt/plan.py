@@ -1,0 +1,387 @@
+"""Plan: which launches step which tensors. Built at the first step and whenever something it was built from changes.
+
+Parameters with a gradient become slots; slots that share a BucketKey share launches, across parameter groups. Per device
+there is one scalar table, one set of reduction buffers and one clip coefficient.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field, replace
+from operator import is_
+
+import torch
+
+from fusedopt import states as st
+from fusedopt.abi import GRAIN_SIZE, Column, Phase, chunk_size, chunk_table
+from fusedopt.backends import select
+from fusedopt.backends.base import BucketKey, Item, Work
+from fusedopt.checks import check_layout, check_parameter
+from fusedopt.formats import Format
+from fusedopt.memory import is_dense, strides_match
+from fusedopt.numbers import Row, ScalarTable
+from fusedopt.precision import ParamPrecision, get_precision
+from fusedopt.rule import Rule
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A parameter that has a gradient, and how it is stepped."""
+
+    tensor_id: int
+    position: int  # among the gradients of this step
+    group: int
+    param: torch.Tensor
+    entry: dict  # its state dict
+    rule: Rule
+    formats: tuple[Format, ...]
+    precision: ParamPrecision
+    work_param: torch.Tensor  # param, or a dense copy of a view with gaps
+    copy_grad: bool  # the gradient's layout differs and is copied before the launch
+    key: BucketKey | None = None
+    reasons: list[str] = field(default_factory=list)
+    row: int = 0
+
+    @property
+    def state_tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self.entry[s.name] for s in self.rule.states)
+
+    @property
+    def scale_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(self.entry.get(st.scale_name(s.name)) for s in self.rule.states)
+
+
+class Bucket:
+    """Slots of one key, with the tables their launches read."""
+
+    def __init__(self, slots: list[Slot], backend):
+        self.slots, self.key, self.backend = slots, slots[0].key, backend
+        self.native = backend.name != "reference"
+        self.positions = [slot.position for slot in slots]
+        numels = [slot.param.numel() for slot in slots]
+        grains = [-(-n // GRAIN_SIZE) for n in numels]
+        self.grains = sum(grains)
+        device = self.key.device
+        self.chunk = chunk_size(sum(numels), backend.units(device))
+        self.pointers = array("q")
+        if self.native:
+            columns = array("q", bytes(8 * Column.COUNT * len(slots)))
+            self._fill(columns, numels, grains)
+            host = torch.frombuffer(columns, dtype=torch.int64).view(Column.COUNT, len(slots))
+            self.columns = columns
+            self.table = host if device.type == "cpu" else host.to(device)
+            self.chunks = chunk_table(numels, self.chunk).to(device)
+        else:
+            self.table = self.chunks = torch.empty(0, dtype=torch.int64, device=device)
+        self.works: dict[Phase, Work] = {}
+
+    def _fill(self, columns: array, numels: list[int], grains: list[int]) -> None:
+        rows, grain = len(self.slots), 0
+        for i, slot in enumerate(self.slots):
+            columns[Column.PARAM * rows + i] = slot.work_param.data_ptr()
+            for k, (state, scale) in enumerate(zip(slot.state_tensors, slot.scale_tensors, strict=True)):
+                columns[(Column.STATE + k) * rows + i] = state.data_ptr()
+                columns[(Column.SCALE + k) * rows + i] = 0 if scale is None else scale.data_ptr()
+            columns[Column.NUMEL * rows + i] = numels[i]
+            columns[Column.META * rows + i] = slot.tensor_id << 32 | slot.row
+            columns[Column.GRAIN * rows + i] = grain
+            grain += grains[i]
+
+    def items(self, grads: list[torch.Tensor] | None) -> list[Item]:
+        return [
+            Item(
+                s.work_param, grads[s.position] if grads else None, s.state_tensors, s.scale_tensors, s.tensor_id, s.row
+            )
+            for s in self.slots
+        ]
+
+    def set_gradients(self, grads: list[torch.Tensor], pointers: list[int], upload) -> None:
+        """Points the table at this step's gradients; the reference takes the tensors themselves."""
+        if not self.native:
+            items = self.items(grads)
+            for work in self.works.values():
+                work.items = items
+            return
+        mine = array("q", [pointers[i] for i in self.positions])
+        if mine == self.pointers:
+            return
+        self.pointers = mine
+        if self.key.device.type == "cpu":
+            self.columns[: len(mine)] = mine
+        else:
+            upload(self.table[Column.GRAD], torch.frombuffer(mine, dtype=torch.int64))
+
+    def clear_gradients(self) -> None:
+        if not self.native:
+            for work in self.works.values():
+                work.items = []
+
+
+class DevicePlan:
+    """Everything of one device: buckets, scalar rows, step counters, reduction buffers."""
+
+    def __init__(self, device: torch.device, slots: list[Slot], opt, tensor_count: int):
+        self.device, self.slots = device, slots
+        self.kept: list[torch.Tensor] = []  # host buffers that a captured graph reads again
+        self._bind_steps(opt)
+        by_key: dict[BucketKey, list[Slot]] = {}
+        for slot in slots:
+            if slot.param.numel():
+                by_key.setdefault(slot.key, []).append(slot)
+        self.buckets = [Bucket(group, select.get_backend(key.backend)) for key, group in by_key.items()]
+        for bucket in self.buckets:
+            rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, bucket.slots[0].precision
+            base = Work(bucket.key, rule, form, precision, bucket.items(None) if bucket.native else [], bucket.table,
+                        bucket.chunks, self.scalars.table, [], bucket.chunk, bucket.grains)  # fmt: skip
+            phases = (Phase.PROBE, Phase.APPLY) if rule.trust_on == "update" else (Phase.FUSED,)
+            bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in (Phase.NORM, *phases)}
+        self._bind_reductions(opt.clip_grad_norm is not None, opt.clip_grad_norm or 0.0, tensor_count)
+
+    def _bind_steps(self, opt) -> None:
+        """Moves the step counters of the slots into one tensor (host, and device where capturable), and assigns scalar rows."""
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        self.counters: list[torch.Tensor] = []
+        rows: list[Row] = []
+        for on_device in (True, False):
+            mine = [s for s in self.slots if opt.steps_on_device(s.param, opt.param_groups[s.group]) == on_device]
+            if not mine:
+                continue
+            values = [s.entry["step"] for s in mine]
+            if values[0].device.type != "cpu" and all(isinstance(v, torch.Tensor) for v in values):
+                values = torch.stack([v.to(values[0].device) for v in values]).tolist()
+            counts = [int(v) for v in values]
+            counter = torch.tensor(counts, dtype=dtype, device=self.device if on_device else "cpu")
+            known: dict[tuple[int, int], int] = {}
+            for i, (slot, count) in enumerate(zip(mine, counts, strict=True)):
+                slot.entry["step"] = counter[i]
+                place = (slot.group, count)
+                if place not in known:
+                    known[place] = len(rows)
+                    rows.append(Row(slot.group, slot.rule, opt.decay_mode, count, counter[i] if on_device else None))
+                slot.row = known[place]
+            self.counters.append(counter)
+        self.versions = [c._version for c in self.counters]
+        self.scalars = ScalarTable(rows, self.device)
+
+    def _bind_reductions(self, clipping: bool, max_norm: float, tensor_count: int) -> None:
+        trusting = any(b.slots[0].rule.trust_on for b in self.buckets)
+        self.normed = [b for b in self.buckets if clipping or b.slots[0].rule.trust_on == "gradient"]
+        self.sums = self.clip = self.norm = self.totals = None
+        if not trusting and not self.normed:
+            return
+        native = any(b.native for b in self.buckets)
+        dtype = torch.float32 if native else torch.float64
+
+        def zeros(*shape, dtype=dtype):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.sums = zeros(tensor_count, 2) if trusting else None
+        self.totals, self.norm = zeros(max(1, len(self.normed))), zeros(1)
+        self.clip = zeros(1) if clipping else None
+        partials = zeros(max((b.grains for b in self.buckets), default=0), 2)
+        counters = zeros(max((len(b.slots) for b in self.buckets), default=0) + 1, dtype=torch.int32)
+        for bucket in self.buckets:
+            for phase, work in bucket.works.items():
+                needs = phase in (Phase.NORM, Phase.PROBE)
+                work.partials, work.counters = (partials, counters) if needs else (None, None)
+                work.sums = self.sums if bucket.slots[0].rule.trust_on else None
+                work.clip, work.max_norm = self.clip, max_norm
+                if phase == Phase.NORM:
+                    work.totals, work.norm = self.totals, self.norm
+        for i, bucket in enumerate(self.normed):
+            work = bucket.works[Phase.NORM]
+            work.total_index, work.total_count = i, len(self.normed)
+
+    def upload(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        pinned = torch.empty_like(source, pin_memory=self.device.type == "cuda").copy_(source)
+        destination.copy_(pinned, non_blocking=True)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.kept.append(pinned)
+
+    def steps_untouched(self) -> bool:
+        return all(c._version == v for c, v in zip(self.counters, self.versions, strict=True))
+
+    def advance(self, groups: list[dict]) -> None:
+        for counter in self.counters:
+            counter.add_(1)
+        self.versions = [c._version for c in self.counters]
+        for row in self.scalars.rows:
+            row.step += 1
+        self.scalars.update(groups, self.upload)
+
+    def set_amp(self, grad_scale, found_inf) -> None:
+        scale = None if grad_scale is None else grad_scale.to(self.device, torch.float32)
+        found = None if found_inf is None else found_inf.to(self.device, torch.float32)
+        for bucket in self.buckets:
+            for work in bucket.works.values():
+                work.grad_scale, work.found_inf = scale, found
+                work.numbers = self.scalars.numbers
+
+    def norms(self) -> None:
+        for bucket in self.normed:
+            bucket.backend.launch(bucket.works[Phase.NORM])
+
+    def step(self) -> None:
+        for bucket in self.buckets:
+            for phase, work in bucket.works.items():
+                if phase != Phase.NORM:
+                    bucket.backend.launch(work)
+
+
+class Plan:
+    """The launches of one optimizer for the parameters that have gradients now."""
+
+    def __init__(self, opt, params: list[torch.Tensor], grads: list[torch.Tensor | None]):
+        self.opt = opt
+        self.params = params
+        self.missing = [g is None for g in grads]
+        live = [g for g in grads if g is not None]
+        self.signature = opt.flags()
+        slots = self._slots(opt, params, grads)
+        self.slots = slots
+        devices: dict[torch.device, list[Slot]] = {}
+        for slot in slots:
+            devices.setdefault(slot.param.device, []).append(slot)
+        self.devices = [DevicePlan(d, mine, opt, len(params)) for d, mine in devices.items()]
+        self.live_params = [s.param for s in slots]
+        self.param_pointers = [p.data_ptr() for p in self.live_params]
+        self.shapes = [p.shape for p in self.live_params]
+        self.grad_dtypes = [g.dtype for g in live]
+        self.grad_strides = [g.stride() for g in live]
+        self.gapped = [s for s in slots if s.work_param is not s.param]
+        self.copied = [s for s in slots if s.copy_grad]
+        self.scratch: list[torch.Tensor] = []
+        self.grad_pointers: list[int] = []
+        self.all_aligned = all(s.key.aligned for s in slots if s.key)
+        self.remember_states()
+
+    def remember_states(self) -> None:
+        state = self.opt.state
+        self.entries = list(state.values())
+        self.state_values = [v for e in self.entries for v in e.values()]
+        self.state_tensors = [v for v in self.state_values if isinstance(v, torch.Tensor) and v.dim()]
+        self.state_pointers = [v.data_ptr() for v in self.state_tensors]
+
+    def _slots(self, opt, params, grads) -> list[Slot]:
+        found, index, position = [], 0, 0
+        for group_index, group in enumerate(opt.param_groups):
+            for p in group["params"]:
+                g, tensor_id = grads[index], index
+                index += 1
+                if g is None:
+                    continue
+                check_parameter(type(opt).__name__, tensor_id, p, g)
+                found.append((tensor_id, position, group_index, p, g))
+                position += 1
+        slots = [self._slot(opt, *args) for args in found]  # nothing is allocated before every tensor has passed
+        asked = select.requested(opt.backend_for_step())
+        for slot, (*_, g) in zip(slots, found, strict=True):
+            self._assign(opt, slot, g, asked)
+        return slots
+
+    def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
+        group = opt.param_groups[group_index]
+        rule = opt.rule_for(group)
+        precision = get_precision(st.option_overrides(p).get("param_precision", group["param_precision"]))
+        entry = opt.init_state(p, group, rule)
+        formats = tuple(st.stored_format(entry, s.name) for s in rule.states)
+        dense = is_dense(p)
+        work_param = p if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        for state in rule.states:
+            check_layout(type(opt).__name__, tensor_id, p, work_param, entry, state.name)
+        return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
+                    copy_grad=not strides_match(g, work_param))  # fmt: skip
+
+    def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
+        pointers = [slot.work_param.data_ptr(), *(t.data_ptr() for t in slot.state_tensors)]
+        if not slot.copy_grad:
+            pointers.append(g.data_ptr())
+        key = BucketKey(slot.param.device, "", slot.rule.name, slot.param.dtype, g.dtype,
+                        tuple(f.name for f in slot.formats), slot.precision.name,
+                        all(x % 16 == 0 for x in pointers))  # fmt: skip
+        try:
+            name, slot.reasons = select.choose(key, asked)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{type(opt).__name__}: backend {asked!r} cannot step parameter {slot.tensor_id} (shape "
+                f"{tuple(slot.param.shape)}, {slot.param.dtype}, device {slot.param.device}): {error}"
+            ) from None
+        slot.key = key._replace(backend=name)
+
+    def still_valid(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
+        """Whether everything this plan was built from is unchanged; also takes note of the gradients' addresses."""
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        if [g is None for g in grads] != self.missing or self.opt.flags() != self.signature:
+            return False
+        live = [g for g in grads if g is not None] if True in self.missing else grads
+        try:
+            pointers = [g.data_ptr() for g in live]
+        except RuntimeError:  # a sparse gradient has no storage: the new plan refuses it
+            return False
+        if [g.stride() for g in live] != self.grad_strides or [g.dtype for g in live] != self.grad_dtypes:
+            return False
+        mine = self.live_params
+        if [p.data_ptr() for p in mine] != self.param_pointers or [p.shape for p in mine] != self.shapes:
+            return False
+        entries = self.opt.state.values()
+        if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
+            return False
+        values = [v for e in self.entries for v in e.values()]
+        if len(values) != len(self.state_values) or not all(map(is_, values, self.state_values)):
+            return False
+        if [v.data_ptr() for v in self.state_tensors] != self.state_pointers:
+            return False
+        if not all(d.steps_untouched() for d in self.devices):
+            return False
+        return pointers == self.grad_pointers or not self.all_aligned or not any(x & 15 for x in pointers)
+
+    def run(self, grads: list[torch.Tensor], grad_scale, found_inf) -> None:
+        """One step of every slot. grads: the gradients that are not None, in parameter order."""
+        opt = self.opt
+        if self.copied:
+            grads = list(grads)
+            for slot in self.copied:
+                g = grads[slot.position]
+                grads[slot.position] = torch.empty_strided(
+                    slot.work_param.shape, slot.work_param.stride(), dtype=g.dtype, device=g.device
+                ).copy_(g)
+        for slot in self.gapped:
+            slot.work_param.copy_(slot.param)
+        pointers = [g.data_ptr() for g in grads]
+        for device in self.devices:
+            device.advance(opt.param_groups)
+            device.set_amp(grad_scale, found_inf)
+            for bucket in device.buckets:
+                bucket.set_gradients(grads, pointers, device.upload)
+        self.grad_pointers = pointers
+        for device in self.devices:
+            device.norms()
+        if len(self.devices) > 1 and opt.clip_grad_norm is not None:
+            self._combine_norms(grad_scale)
+        for device in self.devices:
+            device.step()
+            if found_inf is not None:
+                for counter in device.counters:
+                    counter.sub_(found_inf.to(counter.device, counter.dtype).view(()))
+                device.versions = [c._version for c in device.counters]
+        for slot in self.gapped:
+            slot.param.copy_(slot.work_param)
+        for device in self.devices:
+            for bucket in device.buckets:
+                bucket.clear_gradients()
+
+    def _combine_norms(self, grad_scale) -> None:
+        """The global norm over several devices: each holds the square of its own."""
+        home = self.devices[0].device
+        total = sum(d.totals.double().sum().to(home, non_blocking=True) for d in self.devices)
+        norm = total.sqrt()
+        if grad_scale is not None:
+            norm = norm / grad_scale.to(home).double().view(())
+        clip = (self.opt.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for device in self.devices:
+            device.norm.copy_(norm, non_blocking=True)
+            device.clip.copy_(clip, non_blocking=True)
+
+    def grad_norm(self) -> torch.Tensor | None:
+        return self.devices[0].norm if self.devices else None

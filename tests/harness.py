@@ -1,0 +1,258 @@
+"""Builds Work by hand for one rule and one bucket, runs any backend on it and compares with the fp64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fusedopt import abi
+from fusedopt.abi import GRAIN_SIZE, Column, Phase
+from fusedopt.backends.base import BucketKey, Item, RowNumbers, Work
+from fusedopt.backends.reference import ReferenceBackend
+from fusedopt.formats import get_format
+from fusedopt.memory import flat
+from fusedopt.precision import get_precision
+from fusedopt.rule import get_rule
+
+RULES = ("sgd", "sgd_momentum", "adam", "adam_amsgrad", "lion", "lars", "lars_momentum", "lamb")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# One dict serves every rule: each picks what it knows.
+HYPER = {
+    "betas": (0.9, 0.99),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "momentum": 0.9,
+    "dampening": 0.1,
+    "nesterov": False,
+    "trust_coefficient": 0.02,
+    "trust_clip": False,
+    "always_adapt": False,
+    "bias_correction": True,
+    "grad_averaging": True,
+    "lr": 0.05,
+}
+DECAY = {"adam": "decoupled", "lion": "decoupled", "lamb": "rule"}
+
+
+@dataclass
+class Problem:
+    """A bucket with two scalar rows: params, grads, states in their format, and the tables of one launch."""
+
+    work: Work
+    params: list[torch.Tensor]
+
+    def phases(self, clip: bool = False) -> tuple[Phase, ...]:
+        rule = self.work.rule
+        first = (Phase.NORM,) if clip or rule.trust_on == "gradient" else ()
+        return first + ((Phase.PROBE, Phase.APPLY) if rule.trust_on == "update" else (Phase.FUSED,))
+
+    def run(self, backend, clip: bool = False, phases=None) -> None:
+        for phase in phases or self.phases(clip):
+            backend.launch(replace(self.work, phase=phase, cache={}))
+
+
+def hyper(**changes) -> dict:
+    return {**HYPER, **changes}
+
+
+def numbers(rule, h: dict, step: int, maximize: bool = False, seed: int = 0x1234567890ABCDEF) -> RowNumbers:
+    mode, decay = DECAY.get(rule.name, "coupled"), h["weight_decay"]
+    return RowNumbers(
+        lr=h["lr"],
+        decay=h["lr"] * decay if mode == "decoupled" else 0.0,
+        l2=decay if mode == "coupled" else 0.0,
+        grad_sign=-1.0 if maximize else 1.0,
+        seed=seed,
+        step=step,
+        scalars=rule.scalars(h, step),
+    )
+
+
+def guarded(values: torch.Tensor, offset: int = 0, guard: int = 64) -> torch.Tensor:
+    """A view of `values` inside a larger buffer of a recognisable pattern; offset (elements) breaks the alignment."""
+    buffer = torch.full((values.numel() + 2 * guard + offset,), 77, dtype=values.dtype)
+    view = buffer[guard + offset : guard + offset + values.numel()]
+    view.copy_(values)
+    return view
+
+
+def guards_untouched(view: torch.Tensor) -> bool:
+    base = view._base
+    start = view.storage_offset()
+    return bool((base[:start] == 77).all() and (base[start + view.numel() :] == 77).all())
+
+
+def make_problem(
+    rule: str,
+    numels=(300, 1, 2048, 5000),
+    *,
+    param_dtype=torch.float32,
+    grad_dtype=torch.float32,
+    formats="fp32",
+    precision="nearest",
+    chunk: int = GRAIN_SIZE,
+    step: int = 3,
+    offset: int = 0,
+    max_norm: float = 0.0,
+    grad_scale: float | None = None,
+    found_inf: float | None = None,
+    maximize: bool = False,
+    seed: int = 0,
+    hyper_changes: dict | None = None,
+    grad_values=None,
+) -> Problem:
+    """formats: one name for all states or a tuple. offset: elements by which every tensor is misaligned."""
+    gen = torch.Generator().manual_seed(seed)
+    declared = get_rule(rule)
+    names = (formats,) * len(declared.states) if isinstance(formats, str) else formats
+    forms = tuple(get_format(n) for n in names)
+    h = hyper(**(hyper_changes or {}))
+    rows = [numbers(declared, h, step, maximize), numbers(declared, {**h, "lr": h["lr"] / 2}, step + 4, maximize)]
+    scale_value = grad_scale or 1.0
+    items = []
+    for i, n in enumerate(numels):
+        p = torch.randn(n, generator=gen)
+        g = torch.randn(n, generator=gen) * torch.rand(n, generator=gen) ** 4
+        if grad_values is not None:
+            g = grad_values(g, i)
+        states, scales = [], []
+        for form, state in zip(forms, declared.states, strict=True):
+            x = torch.randn(n, generator=gen) * torch.rand(n, generator=gen) ** 6 * 0.1
+            x = x if state.signed else x.square() + 1e-6
+            codes, scale = form.encode(x, state.signed)
+            states.append(guarded(codes, offset))
+            scales.append(None if scale is None else guarded(scale))
+        items.append(
+            Item(
+                guarded(p.to(param_dtype), offset),
+                guarded((g * scale_value).to(grad_dtype), offset),
+                tuple(states),
+                tuple(scales),
+                3 * i + 1,
+                i % 2,
+            )
+        )
+    grains = [-(-n // GRAIN_SIZE) for n in numels]
+    table = torch.zeros(Column.COUNT, len(items), dtype=torch.int64)
+    first = 0
+    for i, item in enumerate(items):
+        table[Column.GRAD, i], table[Column.PARAM, i] = item.grad.data_ptr(), item.param.data_ptr()
+        for k, (state, scale) in enumerate(zip(item.states, item.scales, strict=True)):
+            table[Column.STATE + k, i] = state.data_ptr()
+            table[Column.SCALE + k, i] = 0 if scale is None else scale.data_ptr()
+        table[Column.NUMEL, i] = item.param.numel()
+        table[Column.META, i] = item.tensor_id << 32 | item.scalar_row
+        table[Column.GRAIN, i] = first
+        first += grains[i]
+    scalars = bytearray(4 * abi.SCALAR_STRIDE * len(rows))
+    for i, row in enumerate(rows):
+        abi.pack_scalar_row(
+            scalars, i, (row.lr, row.decay, row.l2, row.grad_sign), row.seed, row.step, row.scalars
+        )
+    aligned = all(t.data_ptr() % 16 == 0 for it in items for t in (it.param, it.grad, *it.states))
+    key = BucketKey(torch.device("cpu"), "", rule, param_dtype, grad_dtype, tuple(names), precision, aligned)
+    norms = max_norm > 0 or declared.trust_on == "gradient"
+    work = Work(
+        key,
+        declared,
+        forms,
+        get_precision(precision),
+        items,
+        table,
+        abi.chunk_table(numels, chunk),
+        torch.frombuffer(scalars, dtype=torch.float32).view(len(rows), abi.SCALAR_STRIDE),
+        rows,
+        chunk,
+        sum(grains),
+        grad_scale=None if grad_scale is None else torch.tensor([grad_scale]),
+        found_inf=None if found_inf is None else torch.tensor([found_inf]),
+        clip=torch.zeros(1) if max_norm > 0 else None,
+        partials=torch.zeros(sum(grains), 2),
+        sums=torch.zeros(3 * len(items) + 2, 2) if declared.trust_on or norms else None,
+        totals=torch.zeros(1),
+        norm=torch.zeros(1),
+        counters=torch.zeros(len(items) + 1, dtype=torch.int32),
+        max_norm=max_norm,
+    )
+    return Problem(work, [it.param for it in items])
+
+
+def clone(problem: Problem) -> Problem:
+    """An independent copy for the oracle, which reads `items` and not the addresses in the table."""
+
+    def copy(t):
+        return None if t is None else t.clone()
+
+    items = [
+        Item(copy(it.param), copy(it.grad), tuple(map(copy, it.states)), tuple(map(copy, it.scales)), *it[4:])
+        for it in problem.work.items
+    ]
+    buffers = {n: copy(getattr(problem.work, n)) for n in ("clip", "sums", "totals", "norm")}
+    buffers = {n: t if t is None else t.double() for n, t in buffers.items()}
+    return Problem(replace(problem.work, items=items, cache={}, **buffers), [it.param for it in items])
+
+
+def oracle(problem: Problem, clip: bool = False) -> Problem:
+    """The same bucket stepped by the reference in fp64."""
+    exact = clone(problem)
+    exact.run(ReferenceBackend(torch.float64), clip)
+    return exact
+
+
+def ulp(x: torch.Tensor) -> torch.Tensor:
+    """Unit in the last place of each element, as fp64."""
+    info = torch.finfo(x.dtype)
+    magnitude = x.double().abs().clamp(min=info.tiny)
+    return 2.0 ** torch.floor(torch.log2(magnitude)) * info.eps
+
+
+def assert_close(problem: Problem, exact: Problem, lr: float = HYPER["lr"]) -> None:
+    """Every tensor after a step against the oracle.
+
+    fp32 values: 4 ulp, and 2e-6 of the update's size (an update is at most a few lr). 16-bit values: the neighbouring
+    value where fp32 rounding crossed a tie, in at most 1 % of the elements. Codes: one step of the map, in at most 1 %.
+    """
+    for got, want in zip(problem.work.items, exact.work.items, strict=True):
+        _close(got.param, want.param, 2e-6 * lr * 20, "param")
+        for form, state, a, b, sa, sb in zip(
+            problem.work.formats, problem.work.rule.states, got.states, want.states, got.scales, want.scales, strict=True
+        ):
+            if form.block:
+                torch.testing.assert_close(sa, sb, rtol=1e-5, atol=0)
+                difference = (a.int() - b.int()).abs()
+                assert difference.max() <= 1, f"{state.name}: codes differ by {difference.max()}"
+                assert (difference > 0).sum() <= max(1, 0.01 * a.numel()), f"{state.name}: {(difference > 0).sum()} codes differ"
+            else:
+                _close(a, b, 1e-7 * 0.1, state.name)
+
+
+def _close(got: torch.Tensor, want: torch.Tensor, atol: float, what: str) -> None:
+    error = (got.double() - want.double()).abs()
+    if got.dtype == torch.float32:
+        bound = 4 * ulp(want) + atol
+        assert (error <= bound).all(), f"{what}: error {error.max():.3g} against a bound of {bound[error.argmax()]:.3g}"
+        return
+    off = error > 0
+    assert (error <= 1.01 * ulp(want) + 1e-30).all(), f"{what}: differs by more than one {got.dtype} value: {error.max():.3g}"
+    assert off.sum() <= max(1, 0.01 * got.numel()), f"{what}: {int(off.sum())} of {got.numel()} values differ"
+
+
+def snapshot(problem: Problem) -> list[torch.Tensor]:
+    """Copies of everything a step may write, for bitwise comparison."""
+    out = []
+    for item in problem.work.items:
+        out += [flat(t).clone() for t in (item.param, *item.states, *item.scales) if t is not None]
+    return out
+
+
+def assert_bitwise(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), "results differ in at least one bit"
+
+
+def assert_guards(problem: Problem) -> None:
+    for item in problem.work.items:
+        for t in (item.param, item.grad, *item.states, *item.scales):
+            assert t is None or guards_untouched(t), "memory next to a tensor was written"
