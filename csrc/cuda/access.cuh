@@ -1,0 +1,165 @@
+// Octets: the 8 consecutive elements of one lane, loaded raw (whole block in flight before any arithmetic), widened, narrowed, stored.
+#pragma once
+#include "../philox.h"
+#include "../precision.h"
+#include "platform.cuh"
+
+namespace fo {
+
+constexpr int kOctet = 8;
+
+struct Octet { uint32_t word[kOctet]; };  // 8 fp32, 8 halves in words 0..3, or 8 codes in words 0..1
+
+// One tensor seen from a chunk: the chunk's first element and log2 of the element size.
+struct Stream {
+  char* base;
+  int shift;
+  FO_DEV char* at(uint32_t element) const { return base + (element << shift); }
+};
+
+FO_DEV Stream make_stream(int64_t address, int shift, int64_t first) { return {reinterpret_cast<char*>(address) + (first << shift), shift}; }
+FO_DEV int dtype_shift(int dtype) { return dtype == kF32 ? 2 : 1; }
+
+// Streaming hints (evict first): nothing a step touches is read again before the whole model has passed.
+FO_DEV Octet load_octet(const Stream& s, uint32_t element) {
+  Octet o;
+  const char* from = s.at(element);
+  if (s.shift == 2) {
+    uint4 a = __ldcs(reinterpret_cast<const uint4*>(from)), b = __ldcs(reinterpret_cast<const uint4*>(from) + 1);
+    o = {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+  } else if (s.shift == 1) {
+    uint4 a = __ldcs(reinterpret_cast<const uint4*>(from));
+    o.word[0] = a.x, o.word[1] = a.y, o.word[2] = a.z, o.word[3] = a.w;
+  } else {
+    uint2 a = __ldcs(reinterpret_cast<const uint2*>(from));
+    o.word[0] = a.x, o.word[1] = a.y;
+  }
+  return o;
+}
+
+FO_DEV void store_octet(const Stream& s, uint32_t element, const Octet& o) {
+  char* to = s.at(element);
+  const uint32_t* w = o.word;
+  if (s.shift == 2) {
+    __stcs(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
+    __stcs(reinterpret_cast<uint4*>(to) + 1, make_uint4(w[4], w[5], w[6], w[7]));
+  } else if (s.shift == 1) {
+    __stcs(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
+  } else {
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(w[0], w[1]));
+  }
+}
+
+// Tails and rows that are not 16-byte aligned: element by element, `live` of the 8; the rest reads as `pad` (a word of the zero value).
+FO_DEV Octet load_octet_masked(const Stream& s, uint32_t element, int live, uint32_t pad) {
+  Octet o = {{pad, pad, pad, pad, pad, pad, pad, pad}};
+  const char* from = s.at(element);
+  if (s.shift == 2) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (i < live) o.word[i] = reinterpret_cast<const uint32_t*>(from)[i];
+  } else if (s.shift == 1) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (i < live) o.word[i / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(from)[i]) << (16 * (i & 1));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (i < live) {
+        int at = 8 * (i & 3);
+        o.word[i / 4] = (o.word[i / 4] & ~(0xFFu << at)) | uint32_t(reinterpret_cast<const uint8_t*>(from)[i]) << at;
+      }
+  }
+  return o;
+}
+
+FO_DEV void store_octet_masked(const Stream& s, uint32_t element, int live, const Octet& o) {
+  char* to = s.at(element);
+  if (s.shift == 2) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (i < live) reinterpret_cast<uint32_t*>(to)[i] = o.word[i];
+  } else if (s.shift == 1) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (i < live) reinterpret_cast<uint16_t*>(to)[i] = uint16_t(o.word[i / 2] >> (16 * (i & 1)));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (i < live) reinterpret_cast<uint8_t*>(to)[i] = uint8_t(o.word[i / 4] >> (8 * (i & 3)));
+  }
+}
+
+// The hardware conversions round like precision.h (to nearest even); a NaN becomes the canonical one.
+FO_DEV uint32_t pack_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#else
+  return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16;
+#endif
+}
+
+FO_DEV uint32_t pack_f16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#else
+  return float_to_f16(low) | uint32_t(float_to_f16(high)) << 16;
+#endif
+}
+
+FO_DEV float widen_f16(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
+  return f16_to_float(h);
+#endif
+}
+
+FO_DEV void widen(float (&v)[kOctet], const Octet& o, int dtype) {
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) v[i] = from_bits(o.word[i]);
+  if (dtype == kBF16) {
+#pragma unroll
+    for (int i = kOctet - 1; i >= 0; --i) v[i] = from_bits(i & 1 ? o.word[i / 2] & 0xFFFF0000u : o.word[i / 2] << 16);
+  } else if (dtype == kF16) {
+#pragma unroll
+    for (int i = kOctet - 1; i >= 0; --i) v[i] = widen_f16(uint16_t(o.word[i / 2] >> (16 * (i & 1))));
+  }
+}
+
+FO_DEV Octet narrow(const float (&v)[kOctet], int dtype) {
+  Octet o;
+  if (dtype == kF32) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) o.word[i] = bits(v[i]);
+  } else if (dtype == kBF16) {
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2) o.word[i / 2] = pack_bf16(v[i], v[i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2) o.word[i / 2] = pack_f16(v[i], v[i + 1]);
+  }
+  return o;
+}
+
+FO_DEV Octet narrow_stochastic(const float (&v)[kOctet], int dtype, const Random8& r) {
+  Octet o;
+  if (dtype == kBF16) {
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2)
+      o.word[i / 2] = float_to_bf16_stochastic(v[i], uniform16(r, i)) | uint32_t(float_to_bf16_stochastic(v[i + 1], uniform16(r, i + 1))) << 16;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 2)
+      o.word[i / 2] = float_to_f16_stochastic(v[i], uniform16(r, i)) | uint32_t(float_to_f16_stochastic(v[i + 1], uniform16(r, i + 1))) << 16;
+  }
+  return o;
+}
+
+}  // namespace fo
