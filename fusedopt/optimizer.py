@@ -210,13 +210,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> torch.Tensor | None:
         """Global gradient norm of the last step before clipping, fp32 [1] on the device; None without clip_grad_norm."""
-        return self._plan.grad_norm() if self._plan is not None and self.clip_grad_norm is not None else None
+        if self._plan is None or self.clip_grad_norm is None:
+            return None
+        norm = self._plan.grad_norm()
+        return None if norm is None else norm.float()
 
     def plan(self) -> PlanReport:
         """What a step would launch with the present gradients: `print(opt.plan().explain())`.
 
-        States are allocated if they do not exist yet, as the step itself would.
+        Before the first backward pass, every parameter that requires a gradient counts as having one. States are
+        allocated if they do not exist yet, as the step itself would.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            stand_ins = [p.detach() if p.requires_grad else None for p in params]
+            with torch.no_grad():
+                return PlanReport(self, Plan(self, params, stand_ins))
         return PlanReport(self, self._current_plan(params, grads))

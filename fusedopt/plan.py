@@ -161,6 +161,7 @@ class DevicePlan:
                 slot.row = known[place]
             self.counters.append(counter)
         self.versions = [c._version for c in self.counters]
+        self.counts_on_host = any(row.view is None for row in rows)
         self.scalars = ScalarTable(rows, self.device)
 
     def _bind_reductions(self, clipping: bool, max_norm: float, tensor_count: int) -> None:
@@ -208,6 +209,13 @@ class DevicePlan:
         for row in self.scalars.rows:
             row.step += 1
         self.scalars.update(groups, self.upload)
+
+    def take_back(self, found_inf: torch.Tensor) -> None:
+        """Undoes the count of a step that found_inf skipped on the device."""
+        if not self.counts_on_host:
+            for counter in self.counters:
+                counter.sub_(found_inf.to(counter.device, counter.dtype).view(()))
+            self.versions = [c._version for c in self.counters]
 
     def set_amp(self, grad_scale, found_inf) -> None:
         scale = None if grad_scale is None else grad_scale.to(self.device, torch.float32)
@@ -339,6 +347,8 @@ class Plan:
     def run(self, grads: list[torch.Tensor], grad_scale, found_inf) -> None:
         """One step of every slot. grads: the gradients that are not None, in parameter order."""
         opt = self.opt
+        if found_inf is not None and any(d.counts_on_host for d in self.devices) and bool(found_inf):
+            return
         if self.copied:
             grads = list(grads)
             for slot in self.copied:
@@ -362,9 +372,7 @@ class Plan:
         for device in self.devices:
             device.step()
             if found_inf is not None:
-                for counter in device.counters:
-                    counter.sub_(found_inf.to(counter.device, counter.dtype).view(()))
-                device.versions = [c._version for c in device.counters]
+                device.take_back(found_inf)
         for slot in self.gapped:
             slot.param.copy_(slot.work_param)
         for device in self.devices:

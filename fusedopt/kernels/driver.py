@@ -1,0 +1,216 @@
+"""The multi-tensor optimizer step: one kernel for every rule, format, parameter type and phase (csrc/fusedopt.h).
+
+Grid: one program per chunk, `chunk` consecutive elements of one row. A program walks its chunk in tiles of 2048 elements and owns
+the tail: tiles inside the tensor are read and written without masks in 16-byte pieces, the last one of a row with masks.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedopt.kernels.formats import from_bits, load_state, row_pointer, state_pointer, store_state
+from fusedopt.kernels.reductions import finish_norm, last_of, launch_total, row_sums
+from fusedopt.kernels.rounding import store_param
+
+# 2048 elements are one grain of the partial sums, and 8 elements for each of 256 threads: one 16-byte piece of a 16-bit
+# stream, two of an fp32 stream. On NVIDIA a warp then owns one 256-element block, whose absmax needs no shared memory.
+TILE_ROWS = tl.constexpr(8)
+TILE = tl.constexpr(2048)
+NUM_WARPS = 8
+FUSED = tl.constexpr(0)
+PROBE = tl.constexpr(1)
+APPLY = tl.constexpr(2)
+NORM = tl.constexpr(3)
+HEAD = tl.constexpr(8)
+
+
+@triton.jit
+def load_tile(p, local, inside, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(p + local, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.load(p + local).to(tl.float32)
+
+
+@triton.jit
+def store_pair(pair, first, second):
+    tl.store(pair, tl.sum(first))
+    tl.store(pair + 1, tl.sum(second))
+
+
+@triton.jit
+def step_tile(
+    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, pair,
+    mul, l2, q, lr, decay, seed, step, tensor,
+    DIRECTION: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
+    STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Prologue, direction, epilogue and stores of one tile (or its two sums, in phase PROBE)."""
+    first = tile * TILE
+    row = tl.arange(0, TILE_ROWS)[:, None]
+    local = row * 256 + tl.arange(0, 256)[None, :]
+    inside = local < numel - first
+    inside_blocks = row * 256 < numel - first
+    p_at = p_row + first
+    p = load_tile(p_at, local, inside, MASKED)
+    g = load_tile(g_row + first, local, inside, MASKED)
+    blocks = tile * TILE_ROWS + row
+    if F0 >= 0:
+        s0 = load_state(p0 + first, a0, local, inside, blocks, inside_blocks, F0, MASKED)
+    if F1 >= 0:
+        s1 = load_state(p1 + first, a1, local, inside, blocks, inside_blocks, F1, MASKED)
+    if F2 >= 0:
+        s2 = load_state(p2 + first, a2, local, inside, blocks, inside_blocks, F2, MASKED)
+    if F3 >= 0:
+        s3 = load_state(p3 + first, a3, local, inside, blocks, inside_blocks, F3, MASKED)
+
+    g = (g * mul + l2 * p) * q
+    if F3 >= 0:
+        u, s0, s1, s2, s3 = DIRECTION(g, p, s0, s1, s2, s3, c)
+    elif F2 >= 0:
+        u, s0, s1, s2 = DIRECTION(g, p, s0, s1, s2, c)
+    elif F1 >= 0:
+        u, s0, s1 = DIRECTION(g, p, s0, s1, c)
+    elif F0 >= 0:
+        u, s0 = DIRECTION(g, p, s0, c)
+    else:
+        u = DIRECTION(g, p, c)
+
+    if PHASE == PROBE:
+        if MASKED:
+            u = tl.where(inside, u, 0.0)
+        store_pair(pair, p * p, u * u)
+    else:
+        if F0 >= 0:
+            store_state(s0, p0 + first, a0, local, inside, blocks, inside_blocks, F0, MASKED)
+        if F1 >= 0:
+            store_state(s1, p1 + first, a1, local, inside, blocks, inside_blocks, F1, MASKED)
+        if F2 >= 0:
+            store_state(s2, p2 + first, a2, local, inside, blocks, inside_blocks, F2, MASKED)
+        if F3 >= 0:
+            store_state(s3, p3 + first, a3, local, inside, blocks, inside_blocks, F3, MASKED)
+        p = p - (lr * u + decay * p)  # one rounding of p: a decay below half an ulp is not lost on its own
+        octet = tile * (TILE // 8) + row * 32 + tl.arange(0, 32)[None, :]
+        store_param(p, p_at, local, inside, seed, step, tensor, octet, STOCHASTIC, MASKED)
+
+
+@triton.jit
+def norm_tile(p_row, g_row, tile, numel, pair, WITH_PARAM: tl.constexpr, MASKED: tl.constexpr):
+    first = tile * TILE
+    local = tl.arange(0, TILE_ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    inside = local < numel - first
+    g = load_tile(g_row + first, local, inside, MASKED)
+    if WITH_PARAM:
+        p = load_tile(p_row + first, local, inside, MASKED)
+    else:
+        p = tl.zeros_like(g)
+    store_pair(pair, p * p, g * g)
+
+
+@triton.jit(do_not_specialize=[
+    "table", "chunks", "scalars", "grad_scale", "found_inf", "clip", "partials", "sums", "totals", "norm", "counters",
+    "rows", "live_rows", "chunk", "max_norm", "total_index", "total_count",
+])  # fmt: skip
+def step_kernel(
+    table, chunks, scalars, grad_scale, found_inf, clip, partials, sums, totals, norm, counters,
+    rows, live_rows, chunk, max_norm, total_index, total_count,
+    DIRECTION: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
+    F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Steps one chunk. Pointers that do not apply are None. TRUST_ON: 0 no trust ratio, 1 on the gradient, 2 on the update.
+
+    F0..F3: format code of each state, -1 for none. All numbers are data: nothing here is specialised on their values.
+    """
+    entry = tl.load(chunks + tl.program_id(0))
+    row = entry >> 32
+    tiles = chunk // TILE
+    tile = (entry & 0xFFFFFFFF) * tiles
+    numel = tl.load(table + 10 * rows + row)
+    meta = tl.load(table + 11 * rows + row)
+    tensor = meta >> 32
+    head = scalars + (meta & 0xFFFFFFFF) * 32
+    p_row = row_pointer(table, 1, rows, row, PARAM)
+    g_row = row_pointer(table, 0, rows, row, GRAD)
+    if ALIGNED:
+        p_row = tl.multiple_of(p_row, 16)
+        g_row = tl.multiple_of(g_row, 16)
+    stop = tl.minimum((tile + tiles) * TILE, numel)
+    if found_inf is not None and (PHASE == FUSED or PHASE == APPLY):
+        stop = tl.where(tl.load(found_inf) != 0.0, 0, stop)
+    if PHASE == PROBE or PHASE == NORM:
+        grain = partials + tl.load(table + 12 * rows + row) * 2
+    else:
+        grain = None
+
+    if PHASE != NORM:
+        c = head + HEAD
+        mul = tl.load(head + 3)
+        if grad_scale is not None:
+            mul = mul / tl.load(grad_scale)
+        if clip is not None:
+            mul = mul * tl.load(clip)
+        lr = tl.load(head)
+        decay = tl.load(head + 1)
+        l2 = tl.load(head + 2)
+        q = 1.0
+        if TRUST_ON == 1:
+            q = TRUST(tl.load(sums + 2 * tensor), tl.load(sums + 2 * tensor + 1) * mul * mul, c)
+        elif TRUST_ON == 2 and PHASE == APPLY:
+            lr = lr * TRUST(tl.load(sums + 2 * tensor), tl.load(sums + 2 * tensor + 1), c)
+        words = head.to(tl.pointer_type(tl.uint32), bitcast=True)
+        seed = (tl.load(words + 5).to(tl.uint64) << 32) | tl.load(words + 4).to(tl.uint64)
+        step = tl.load(words + 6)
+        p0 = None
+        p1 = None
+        p2 = None
+        p3 = None
+        a0 = None
+        a1 = None
+        a2 = None
+        a3 = None
+        if F0 >= 0:
+            p0 = state_pointer(table, 0, rows, row, F0, ALIGNED)
+            a0 = row_pointer(table, 6, rows, row, tl.float32)
+        if F1 >= 0:
+            p1 = state_pointer(table, 1, rows, row, F1, ALIGNED)
+            a1 = row_pointer(table, 7, rows, row, tl.float32)
+        if F2 >= 0:
+            p2 = state_pointer(table, 2, rows, row, F2, ALIGNED)
+            a2 = row_pointer(table, 8, rows, row, tl.float32)
+        if F3 >= 0:
+            p3 = state_pointer(table, 3, rows, row, F3, ALIGNED)
+            a3 = row_pointer(table, 9, rows, row, tl.float32)
+
+    while tile * TILE < stop:
+        pair = None
+        if PHASE == PROBE or PHASE == NORM:
+            pair = grain + tile * 2
+        if PHASE == NORM:
+            if ALIGNED and (tile + 1) * TILE <= numel:
+                norm_tile(p_row, g_row, tile, numel, pair, sums is not None, False)
+            else:
+                norm_tile(p_row, g_row, tile, numel, pair, sums is not None, True)
+        else:
+            if ALIGNED and (tile + 1) * TILE <= numel:
+                step_tile(
+                    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, pair,
+                    mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, STOCHASTIC, PHASE, False,
+                )  # fmt: skip
+            else:
+                step_tile(
+                    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, pair,
+                    mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, STOCHASTIC, PHASE, True,
+                )  # fmt: skip
+        tile += 1
+
+    if PHASE == PROBE or PHASE == NORM:
+        if last_of(counters + row, (numel + chunk - 1) // chunk):
+            pairs = row_sums(grain, (numel + TILE - 1) // TILE)
+            side = tl.arange(0, 2)
+            if sums is not None:
+                tl.store(sums + 2 * tensor + side, pairs)
+            if PHASE == NORM:
+                tl.store(grain + side, pairs)
+                if last_of(counters + rows, live_rows):
+                    total = launch_total(table, partials, rows)
+                    finish_norm(totals, total, total_index, total_count, grad_scale, norm, clip, max_norm)
