@@ -1,7 +1,8 @@
 """Builds the native parts with ninja: the CPU drivers wherever there is a C++ compiler, the CUDA driver where nvcc and a GPU are found.
 
 Environment: FUSEDOPT_NATIVE=0 installs pure Python. FUSEDOPT_CUDA=1 forces the CUDA part (0 leaves it out), FUSEDOPT_CUDA_ARCHS="80;90"
-chooses its targets. CXX and CUDA_HOME name the compilers. Without one of its own making, a missing compiler is a warning, not an error.
+chooses its targets. CXX and CUDA_HOME name the compilers. A part that is not forced and cannot be built is left out with a warning.
+FUSEDOPT_NATIVE=1 forces the CPU part.
 """
 
 import os
@@ -127,7 +128,7 @@ def build_cpu(work, target):
     ninja.rule("cxx", f"{cxx} {COMMON} {openmp} {ours} $flags -MMD -MF $out.d -c $in -o $out")
     ninja.rule("link", f"{cxx} {link_flags()} {openmp} $in -o $out")
     units = {stem: generate.unit(gen, stem, "cpu/driver.h", ".cpp") for stem in generate.rules()}
-    units["common"] = ROOT / "csrc" / "cpu" / "common.cpp"
+    units.update({path.stem: path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))})
     for isa, flags in ISAS.items():
         for stem, source in units.items():
             ninja.compile("cxx", source, f"{stem}_{isa}", flags=f"{KERNEL} {flags} -Dfo=fo_{isa}")
@@ -152,14 +153,11 @@ def build_cuda(work, target):
     generate.registry(gen)
     cxx = find_cxx()
     ours, theirs = include_flags(gen)
-    runtime = Path(nvcc).resolve().parent.parent / "include"
     ninja = Ninja(work)
-    ninja.rule("cxx", f"{cxx} {COMMON} {ours} {theirs} -isystem '{runtime}' -MMD -MF $out.d -c $in -o $out")
-    ninja.rule(
-        "nvcc",
-        f"{nvcc} -ccbin {cxx.split()[0]} -O3 -std=c++17 --expt-relaxed-constexpr {' '.join(codes)} "
-        f"-Xcompiler -fPIC,-fvisibility=hidden {ours} -MD -MF $out.d -c $in -o $out",
-    )
+    host = f"{nvcc} -ccbin {cxx.split()[0]} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {ours} -MD -MF $out.d"
+    # nvcc also compiles the C++ file: it alone knows where its headers are
+    ninja.rule("cxx", f"{host} {theirs} -x c++ -c $in -o $out")
+    ninja.rule("nvcc", f"{host} --expt-relaxed-constexpr {' '.join(codes)} -c $in -o $out")
     ninja.rule("link", f"{nvcc} -ccbin {cxx.split()[0]} -shared -cudart static $in -o $out")
     for stem in generate.rules():
         ninja.compile("nvcc", generate.unit(gen, stem, "cuda/driver.cuh", ".cu"), f"rule_{stem}")
@@ -184,6 +182,7 @@ class NinjaBuild(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             work = (ROOT / "build" / f"{part}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}").resolve()
             work.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # of an earlier build
             try:
                 BUILDERS[extension.name](work, target)
                 built.append(extension)

@@ -7,32 +7,43 @@ namespace fo {
 
 struct Random8 { uint32_t word[4]; };  // element e takes word[(e & 7) >> 1], the low half if e is even
 
-FO_HD uint32_t mul_high(uint32_t a, uint32_t b) {
+struct OneWord {
+  using Word = uint32_t;
+  static FO_HD void multiply(uint32_t a, Word b, Word& high, Word& low) {
 #if defined(__CUDA_ARCH__)
-  return __umulhi(a, b);
+    high = __umulhi(a, b);
 #else
-  return uint32_t((uint64_t(a) * b) >> 32);
+    high = uint32_t((uint64_t(a) * b) >> 32);
 #endif
-}
+    low = a * b;
+  }
+};
 
-FO_HD Random8 philox8(const Head& head, uint32_t tensor, uint64_t octet) {
-  uint32_t c0 = uint32_t(octet), c1 = uint32_t(octet >> 32), c2 = tensor, c3 = head.step, k0 = head.seed_lo, k1 = head.seed_hi;
+// Ten rounds on a counter of four words. Lanes is OneWord or says the same of a vector of words.
+template <class Lanes>
+FO_HD void philox_rounds(typename Lanes::Word (&c)[4], uint32_t k0, uint32_t k1) {
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    uint32_t hi0 = mul_high(0xD2511F53u, c0), lo0 = 0xD2511F53u * c0;
-    uint32_t hi1 = mul_high(0xCD9E8D57u, c2), lo1 = 0xCD9E8D57u * c2;
-    c0 = hi1 ^ c1 ^ k0;
-    c1 = lo1;
-    c2 = hi0 ^ c3 ^ k1;
-    c3 = lo0;
+    typename Lanes::Word high0, low0, high1, low1;
+    Lanes::multiply(0xD2511F53u, c[0], high0, low0);
+    Lanes::multiply(0xCD9E8D57u, c[2], high1, low1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+}
+
+FO_HD Random8 philox8(const Head& head, uint32_t tensor, uint64_t octet) {
+  uint32_t c[4] = {uint32_t(octet), uint32_t(octet >> 32), tensor, head.step};
+  philox_rounds<OneWord>(c, head.seed_lo, head.seed_hi);
+  return {{c[0], c[1], c[2], c[3]}};
 }
 
 FO_HD uint32_t uniform16(const Random8& r, int element) {

@@ -32,26 +32,29 @@ FO_HD float f16_to_float(uint16_t h) {
   return from_bits(out | sign);
 }
 
+// |x| as bits with everything that becomes fp16 infinity at 65536 and NaN at 1.5 * 65536, whose rounded bits are 0x7C00 and 0x7E00.
+FO_HD uint32_t f16_magnitude(float x) {
+  uint32_t mag = bits(x) & 0x7FFFFFFFu;
+  return mag < 0x47800000u ? mag : mag > 0x7F800000u ? 0x47C00000u : 0x47800000u;
+}
+
+constexpr uint32_t kSmallestF16 = 113u << 23;  // 2^-14, the smallest normal fp16 number
+
 FO_HD uint16_t float_to_f16(float x) {
-  uint32_t u = bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
+  uint32_t sign = (bits(x) >> 16) & 0x8000u, mag = f16_magnitude(x);
   uint32_t normal = (mag - (112u << 23) + 0xFFFu + ((mag >> 13) & 1u)) >> 13;
   uint32_t small = bits(from_bits(mag) + 0.5f) - 0x3F000000u;  // the sum rounds to a multiple of 2^-24, ties to even
-  uint32_t out = mag < (113u << 23) ? small : normal;
-  out = out > 0x7C00u ? 0x7C00u : out;
-  out = mag > 0x7F800000u ? 0x7E00u : out;
-  return uint16_t(out | sign);
+  return uint16_t((mag < kSmallestF16 ? small : normal) | sign);
 }
 
 FO_HD uint16_t float_to_f16_stochastic(float x, uint32_t random16) {
-  uint32_t u = bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
+  uint32_t sign = (bits(x) >> 16) & 0x8000u, mag = f16_magnitude(x);
   uint32_t normal = (mag - (112u << 23) + (random16 >> 3)) >> 13;  // 13 bits are dropped
-  float scaled = mag < (113u << 23) ? from_bits(mag) * 16777216.f : 0.f;  // subnormals: multiples of 2^-24
-  uint32_t whole = uint32_t(int32_t(scaled));
-  uint32_t small = whole + ((scaled - float(int32_t(whole))) * 65536.f > float(int32_t(random16)) ? 1u : 0u);
-  uint32_t out = mag < (113u << 23) ? small : normal;
-  out = out > 0x7C00u ? 0x7C00u : out;
-  uint32_t special = mag > 0x7F800000u ? 0x7E00u : 0x7C00u;
-  return uint16_t((mag >= 0x7F800000u ? special : out) | sign);
+  float scaled = from_bits(mag < kSmallestF16 ? mag : kSmallestF16) * 16777216.f;  // subnormals: multiples of 2^-24
+  int32_t whole = int32_t(scaled);
+  uint32_t small = uint32_t(whole) + uint32_t((scaled - float(whole)) * 65536.f > float(int32_t(random16)));
+  uint32_t mask = 0u - uint32_t(mag < kSmallestF16);  // with a conditional expression gcc 12 finds a branch here and stays scalar
+  return uint16_t((small & mask) | (normal & ~mask) | sign);
 }
 
 }  // namespace fo

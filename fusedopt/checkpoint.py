@@ -10,6 +10,7 @@ import torch
 
 from fusedopt import states as st
 from fusedopt.checks import describe
+from fusedopt.memory import strides_match
 
 STORAGE_OPTIONS = ("state_format", "param_precision", "min_quantized_numel")
 OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
@@ -30,18 +31,10 @@ def to_torch(opt, native: dict) -> dict:
         converted = {} if rule.name.startswith("sgd") else {"step": entry["step"].clone()}
         for state in rule.states:
             if state.name in entry:
-                converted[_torch_name(state.name)] = st.decode(entry, state)
+                converted[state.name] = st.decode(entry, state)
         out[index] = converted
     groups = [{k: v for k, v in g.items() if k not in OWN_OPTIONS} for g in native["param_groups"]]
     return {"state": out, "param_groups": groups}
-
-
-# torch.optim calls AMSGrad's maximum in the plural
-_TORCH_NAMES = {"max_exp_avg_sq": "max_exp_avg_sqs"}
-
-
-def _torch_name(name: str) -> str:
-    return _TORCH_NAMES.get(name, name)
 
 
 def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> dict:
@@ -50,14 +43,12 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     what = describe(name, index, p)
     rule = opt.rule_for(group)
     entry = {k: v for k, v in entry.items() if v is not None}
-    for ours, theirs in _TORCH_NAMES.items():
-        if theirs in entry:
-            entry[ours] = entry.pop(theirs)
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]
-    if missing and (present or _is_foreign(rule, entry)):
+    stepped = bool(rule.states) and float(entry.get("step", 0)) > 0
+    if _others(rule, entry) or missing and (present or stepped):
         raise ValueError(
-            f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} needs {missing}. "
+            f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps {list(rule.state_names)}. "
             "Load a state dict of the same optimizer."
         )
     out: dict = {}
@@ -98,7 +89,7 @@ def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
         if not form.block:
             out[state.name].copy_(tensor)
             return
-        if tensor.stride() == out[state.name].stride():
+        if strides_match(tensor, out[state.name]):
             out[state.name].copy_(tensor)
             out[scale].copy_(entry[scale])
             return
@@ -106,9 +97,10 @@ def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
     st.store(p, out, state, form, values.to(p.device))
 
 
-def _is_foreign(rule, entry: dict) -> bool:
-    tensors = [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k != "step"]
-    return bool(tensors) or bool(rule.states) and float(entry.get("step", 0)) > 0
+def _others(rule, entry: dict) -> list[str]:
+    """Tensors that belong to no state of the rule: another optimizer's."""
+    known = {"step", *rule.state_names, *map(st.scale_name, rule.state_names)}
+    return [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k not in known]
 
 
 def _step_dtype() -> torch.dtype:

@@ -31,7 +31,7 @@ def dynamic_map(signed: bool) -> torch.Tensor:
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     pad = -x.numel() % size
-    return torch.nn.functional.pad(x, (0, pad)).view(-1, size)
+    return torch.nn.functional.pad(x, (0, pad)).view((x.numel() + pad) // size, size)
 
 
 def _encode_cast(dtype):

@@ -4,6 +4,7 @@
 // Each element belongs to exactly one chunk; the last chunk of a row and its last tile are short.
 #pragma once
 #include "../stages.h"
+#include "parallel.h"
 #include "reduce.h"
 #include "tile.h"
 
@@ -100,7 +101,7 @@ static void step(const Launch& launch) {
   if (launch.found_inf && *launch.found_inf != 0.f) return;
   if (launch.phase == kProbe) {
     for_chunks(launch, step_chunk<Rule, false>);
-    finish_sums(launch, false);
+    finish_sums(launch);
   } else {
     for_chunks(launch, step_chunk<Rule, true>);
   }

@@ -57,17 +57,17 @@ FO_DEV Octet load_octet_masked(const Stream& s, uint32_t element, int live, uint
   if (s.shift == 2) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) o.word[i] = reinterpret_cast<const uint32_t*>(from)[i];
+      if (i < live) o.word[i] = __ldcs(reinterpret_cast<const uint32_t*>(from) + i);
   } else if (s.shift == 1) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) o.word[i / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(from)[i]) << (16 * (i & 1));
+      if (i < live) o.word[i / 2] |= uint32_t(__ldcs(reinterpret_cast<const uint16_t*>(from) + i)) << (16 * (i & 1));
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
       if (i < live) {
         int at = 8 * (i & 3);
-        o.word[i / 4] = (o.word[i / 4] & ~(0xFFu << at)) | uint32_t(reinterpret_cast<const uint8_t*>(from)[i]) << at;
+        o.word[i / 4] = (o.word[i / 4] & ~(0xFFu << at)) | uint32_t(__ldcs(reinterpret_cast<const uint8_t*>(from) + i)) << at;
       }
   }
   return o;
@@ -78,15 +78,15 @@ FO_DEV void store_octet_masked(const Stream& s, uint32_t element, int live, cons
   if (s.shift == 2) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) reinterpret_cast<uint32_t*>(to)[i] = o.word[i];
+      if (i < live) __stcs(reinterpret_cast<uint32_t*>(to) + i, o.word[i]);
   } else if (s.shift == 1) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) reinterpret_cast<uint16_t*>(to)[i] = uint16_t(o.word[i / 2] >> (16 * (i & 1)));
+      if (i < live) __stcs(reinterpret_cast<uint16_t*>(to) + i, uint16_t(o.word[i / 2] >> (16 * (i & 1))));
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) reinterpret_cast<uint8_t*>(to)[i] = uint8_t(o.word[i / 4] >> (8 * (i & 3)));
+      if (i < live) __stcs(reinterpret_cast<uint8_t*>(to) + i, uint8_t(o.word[i / 4] >> (8 * (i & 3))));
   }
 }
 
@@ -148,12 +148,24 @@ FO_DEV Octet narrow(const float (&v)[kOctet], int dtype) {
   return o;
 }
 
+// float_to_bf16_stochastic of precision.h for two values that come from arithmetic, so that a NaN is the canonical one and infinity,
+// whose low half is 0, cannot carry: two instructions less each.
+FO_DEV uint32_t pack_bf16_stochastic(float low, float high, uint32_t random) {
+#if defined(__CUDA_ARCH__)
+  uint32_t a = bits(low), b = bits(high);
+  if (low == low) a += random & 0xFFFFu;
+  if (high == high) b += random >> 16;
+  return __byte_perm(a, b, 0x7632);
+#else
+  return float_to_bf16_stochastic(low, random & 0xFFFFu) | uint32_t(float_to_bf16_stochastic(high, random >> 16)) << 16;
+#endif
+}
+
 FO_DEV Octet narrow_stochastic(const float (&v)[kOctet], int dtype, const Random8& r) {
   Octet o;
   if (dtype == kBF16) {
 #pragma unroll
-    for (int i = 0; i < kOctet; i += 2)
-      o.word[i / 2] = float_to_bf16_stochastic(v[i], uniform16(r, i)) | uint32_t(float_to_bf16_stochastic(v[i + 1], uniform16(r, i + 1))) << 16;
+    for (int i = 0; i < kOctet; i += 2) o.word[i / 2] = pack_bf16_stochastic(v[i], v[i + 1], r.word[i / 2]);
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; i += 2)

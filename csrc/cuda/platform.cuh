@@ -15,4 +15,13 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarps = 8;              // warps of a CTA: 8 blocks of 256 elements are one grain
 constexpr int kThreads = 32 * kWarps;
 
+inline const char* launch_error() {  // null: the launch was accepted
+#if defined(FO_SIMT)
+  return simt::error();
+#else
+  cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+#endif
+}
+
 }  // namespace fo

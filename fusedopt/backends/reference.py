@@ -67,11 +67,13 @@ class ReferenceBackend:
     def _step(self, work: Work, item: Item) -> None:
         rule, row = work.rule, work.numbers[item.scalar_row]
         dtype = self._dtype(item)
-        p, g = flat(item.param).to(dtype), flat(item.grad).to(dtype)
+        keep = torch.is_grad_enabled()  # differentiable=True: the graph keeps what the stores below overwrite
+        p, g = flat(item.param).to(dtype, copy=keep), flat(item.grad).to(dtype)
         named = {k: _as(v, p) for k, v in zip(rule.scalar_names, row.scalars, strict=True)}
         states = []
         for stored, scale, form, state in zip(item.states, item.scales, work.formats, rule.states, strict=True):
-            states.append(form.decode(flat(stored), scale, state.signed, dtype))
+            x = form.decode(flat(stored), scale, state.signed, dtype)
+            states.append(x.clone() if keep else x)
 
         mul = row.grad_sign
         if work.grad_scale is not None:
@@ -80,7 +82,7 @@ class ReferenceBackend:
             mul = mul * work.clip.view(()).to(dtype)
         g = g * mul + row.l2 * p
         if rule.trust_on == "gradient":
-            param_sq, grad_sq = work.sums[item.tensor_id].to(dtype).unbind()
+            param_sq, grad_sq = work.sums[item.tensor_id].to(dtype, copy=True).unbind()
             g = g * rule.trust(param_sq, grad_sq * (mul * mul), **named)
 
         u, *states = rule.reference(g, p, *states, **named)
@@ -90,7 +92,7 @@ class ReferenceBackend:
             return
         lr = _as(row.lr, p)
         if work.phase == Phase.APPLY:
-            param_sq, update_sq = work.sums[item.tensor_id].to(dtype).unbind()
+            param_sq, update_sq = work.sums[item.tensor_id].to(dtype, copy=True).unbind()
             lr = lr * rule.trust(param_sq, update_sq, **named)
         p = p - (lr * u + _as(row.decay, p) * p)
 

@@ -7,7 +7,7 @@ the tail: tiles inside the tensor are read and written without masks in 16-byte 
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.formats import from_bits, load_state, row_pointer, state_pointer, store_state
+from fusedopt.kernels.formats import INT8, load_state, load_stream, row_pointer, state_pointer, store_state
 from fusedopt.kernels.reductions import finish_norm, last_of, launch_total, row_sums
 from fusedopt.kernels.rounding import store_param
 
@@ -15,7 +15,6 @@ from fusedopt.kernels.rounding import store_param
 # stream, two of an fp32 stream. On NVIDIA a warp then owns one 256-element block, whose absmax needs no shared memory.
 TILE_ROWS = tl.constexpr(8)
 TILE = tl.constexpr(2048)
-NUM_WARPS = 8
 FUSED = tl.constexpr(0)
 PROBE = tl.constexpr(1)
 APPLY = tl.constexpr(2)
@@ -23,45 +22,52 @@ NORM = tl.constexpr(3)
 HEAD = tl.constexpr(8)
 
 
-@triton.jit
-def load_tile(p, local, inside, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(p + local, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return tl.load(p + local).to(tl.float32)
+def launch_options(fixed: dict, nvidia: bool) -> dict:
+    """Compile options for the compile-time arguments `fixed`. fp fusion is pinned: its default differs between Triton versions.
 
-
-@triton.jit
-def store_pair(pair, first, second):
-    tl.store(pair, tl.sum(first))
-    tl.store(pair + 1, tl.sum(second))
+    256 threads, so that each holds 8 elements. The limits on registers are the smallest of 80 and 128 that spill nowhere (bench
+    gates): 3 or 2 programs share an NVIDIA SM. With 2, the leanest step (AdamW with int8 states, 6 bytes read an element) has
+    24 KB in flight. Three int8 states and unaligned rows need up to 183, one program. Left alone, ptxas takes 150 for two states.
+    """
+    options = {"num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
+    codes = [fixed[f"F{i}"] for i in range(4) if fixed[f"F{i}"] >= 0]
+    int8 = sum(code & 0xFF == INT8.value for code in codes)
+    if not nvidia:
+        return options
+    if int8 > 2 or not fixed["ALIGNED"]:
+        return options | {"maxnreg": 192}
+    return options | {"maxnreg": 80 if int8 == 0 and len(codes) <= 2 else 128}
 
 
 @triton.jit
 def step_tile(
-    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, pair,
+    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
     mul, l2, q, lr, decay, seed, step, tensor,
     DIRECTION: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
-    STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, MASKED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Prologue, direction, epilogue and stores of one tile (or its two sums, in phase PROBE)."""
     first = tile * TILE
     row = tl.arange(0, TILE_ROWS)[:, None]
     local = row * 256 + tl.arange(0, 256)[None, :]
     inside = local < numel - first
-    inside_blocks = row * 256 < numel - first
+    whole = numel - first >= TILE
+    # One lane-wide entry per row's scale. (3 x) / 3 hides from the compiler that scales are contiguous over rows: knowing it, it
+    # would give them a layout of their own and move every scale through shared memory.
+    block = tl.arange(0, 32)[None, :] * 0 + row * 3 // 3
+    inside_blocks = block * 256 < numel - first
     p_at = p_row + first
-    p = load_tile(p_at, local, inside, MASKED)
-    g = load_tile(g_row + first, local, inside, MASKED)
-    blocks = tile * TILE_ROWS + row
+    p = load_stream(p_at, local, inside, whole, 0.0, ALIGNED).to(tl.float32)
+    g = load_stream(g_row + first, local, inside, whole, 0.0, ALIGNED).to(tl.float32)
+    blocks = tile * TILE_ROWS + block
     if F0 >= 0:
-        s0 = load_state(p0 + first, a0, local, inside, blocks, inside_blocks, F0, MASKED)
+        s0 = load_state(p0 + first, a0, local, inside, whole, blocks, inside_blocks, F0, ALIGNED)
     if F1 >= 0:
-        s1 = load_state(p1 + first, a1, local, inside, blocks, inside_blocks, F1, MASKED)
+        s1 = load_state(p1 + first, a1, local, inside, whole, blocks, inside_blocks, F1, ALIGNED)
     if F2 >= 0:
-        s2 = load_state(p2 + first, a2, local, inside, blocks, inside_blocks, F2, MASKED)
+        s2 = load_state(p2 + first, a2, local, inside, whole, blocks, inside_blocks, F2, ALIGNED)
     if F3 >= 0:
-        s3 = load_state(p3 + first, a3, local, inside, blocks, inside_blocks, F3, MASKED)
+        s3 = load_state(p3 + first, a3, local, inside, whole, blocks, inside_blocks, F3, ALIGNED)
 
     g = (g * mul + l2 * p) * q
     if F3 >= 0:
@@ -76,34 +82,55 @@ def step_tile(
         u = DIRECTION(g, p, c)
 
     if PHASE == PROBE:
-        if MASKED:
-            u = tl.where(inside, u, 0.0)
-        store_pair(pair, p * p, u * u)
+        u = tl.where(inside, u, 0.0)
+        tl.store(grain + 2 * tile, tl.sum(p * p))
+        tl.store(grain + 2 * tile + 1, tl.sum(u * u))
     else:
         if F0 >= 0:
-            store_state(s0, p0 + first, a0, local, inside, blocks, inside_blocks, F0, MASKED)
+            store_state(s0, p0 + first, a0, local, inside, whole, blocks, inside_blocks, F0, ALIGNED)
         if F1 >= 0:
-            store_state(s1, p1 + first, a1, local, inside, blocks, inside_blocks, F1, MASKED)
+            store_state(s1, p1 + first, a1, local, inside, whole, blocks, inside_blocks, F1, ALIGNED)
         if F2 >= 0:
-            store_state(s2, p2 + first, a2, local, inside, blocks, inside_blocks, F2, MASKED)
+            store_state(s2, p2 + first, a2, local, inside, whole, blocks, inside_blocks, F2, ALIGNED)
         if F3 >= 0:
-            store_state(s3, p3 + first, a3, local, inside, blocks, inside_blocks, F3, MASKED)
+            store_state(s3, p3 + first, a3, local, inside, whole, blocks, inside_blocks, F3, ALIGNED)
         p = p - (lr * u + decay * p)  # one rounding of p: a decay below half an ulp is not lost on its own
         octet = tile * (TILE // 8) + row * 32 + tl.arange(0, 32)[None, :]
-        store_param(p, p_at, local, inside, seed, step, tensor, octet, STOCHASTIC, MASKED)
+        store_param(p, p_at, local, inside, whole, seed, step, tensor, octet, STOCHASTIC, ALIGNED)
 
 
 @triton.jit
-def norm_tile(p_row, g_row, tile, numel, pair, WITH_PARAM: tl.constexpr, MASKED: tl.constexpr):
+def square_sums(p, tile, stop, ALIGNED: tl.constexpr):
+    """(8,) sums of squares of the grains from `tile` on: one grain a warp, so no barriers; 512 elements of each at a time."""
+    row = tl.arange(0, TILE_ROWS)[:, None]
+    local = row * TILE + tl.arange(0, 512)[None, :]
     first = tile * TILE
-    local = tl.arange(0, TILE_ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    inside = local < numel - first
-    g = load_tile(g_row + first, local, inside, MASKED)
+    last = stop - first
+    total = tl.zeros((TILE_ROWS, 512), tl.float32)
+    at = tile * 0
+    while at < 4:
+        piece = at * 512
+        if ALIGNED:
+            if last % TILE == 0:  # a mask that is the same for all of a grain leaves 16-byte loads
+                x = tl.load(p + (first + piece) + local, mask=row * TILE < last, other=0.0)
+            else:
+                x = tl.load(p + (first + piece) + local, mask=piece + local < last, other=0.0)
+        else:
+            x = tl.load(p + (first + piece) + local, mask=piece + local < last, other=0.0)
+        x = x.to(tl.float32)
+        total += x * x
+        at += 1
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def norm_grains(p_row, g_row, tile, stop, grain, WITH_PARAM: tl.constexpr, ALIGNED: tl.constexpr):
+    """Stores the sums of up to 8 grains, a pair a grain."""
+    index = tile + tl.arange(0, TILE_ROWS)
+    live = index * TILE < stop
     if WITH_PARAM:
-        p = load_tile(p_row + first, local, inside, MASKED)
-    else:
-        p = tl.zeros_like(g)
-    store_pair(pair, p * p, g * g)
+        tl.store(grain + 2 * index, square_sums(p_row, tile, stop, ALIGNED), mask=live)
+    tl.store(grain + 2 * index + 1, square_sums(g_row, tile, stop, ALIGNED), mask=live)
 
 
 @triton.jit(do_not_specialize=[
@@ -182,26 +209,15 @@ def step_kernel(
             a3 = row_pointer(table, 9, rows, row, tl.float32)
 
     while tile * TILE < stop:
-        pair = None
-        if PHASE == PROBE or PHASE == NORM:
-            pair = grain + tile * 2
         if PHASE == NORM:
-            if ALIGNED and (tile + 1) * TILE <= numel:
-                norm_tile(p_row, g_row, tile, numel, pair, sums is not None, False)
-            else:
-                norm_tile(p_row, g_row, tile, numel, pair, sums is not None, True)
+            norm_grains(p_row, g_row, tile, stop, grain, sums is not None, ALIGNED)
+            tile += TILE_ROWS
         else:
-            if ALIGNED and (tile + 1) * TILE <= numel:
-                step_tile(
-                    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, pair,
-                    mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, STOCHASTIC, PHASE, False,
-                )  # fmt: skip
-            else:
-                step_tile(
-                    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, pair,
-                    mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, STOCHASTIC, PHASE, True,
-                )  # fmt: skip
-        tile += 1
+            step_tile(
+                p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
+                mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, STOCHASTIC, PHASE, ALIGNED,
+            )  # fmt: skip
+            tile += 1
 
     if PHASE == PROBE or PHASE == NORM:
         if last_of(counters + row, (numel + chunk - 1) // chunk):

@@ -13,9 +13,7 @@ import triton.language as tl
 
 FP32 = tl.constexpr(0)
 BF16 = tl.constexpr(1)
-INT8 = tl.constexpr(2)
-FORMAT_MASK = tl.constexpr(0xFF)
-FORMAT_SIGNED = tl.constexpr(0x100)
+INT8 = tl.constexpr(2)  # a format code is one of these, plus 0x100 for the signed map
 
 
 @triton.jit
@@ -44,6 +42,14 @@ def to_bf16(x):
 
 
 @triton.jit
+def spread(x, ROWS: tl.constexpr):
+    """(ROWS, 32) to (ROWS, 256): each value for 8 consecutive elements, in the lane that has it."""
+    x = tl.join(x, x)
+    x = tl.join(x, x)
+    return tl.reshape(tl.join(x, x), (ROWS, 256))
+
+
+@triton.jit
 def int8_decode(code, scale, SIGNED: tl.constexpr):
     fk = code.to(tl.float32)
     if SIGNED:
@@ -55,52 +61,41 @@ def int8_decode(code, scale, SIGNED: tl.constexpr):
         zero = fk == 0.0
     mb = bits(m)
     f = from_bits((mb & 0x007FFFFF) | 0x3F800000)
-    value = f * 0.9 - 0.8
-    # The low 3 bits of m's exponent are the decade t = d + 6.
-    value *= tl.where((mb & 0x02000000) != 0, 1e-2, 1e-6)
-    value *= tl.where((mb & 0x01000000) != 0, 1e2, 1.0)
-    value *= tl.where((mb & 0x00800000) != 0, 1e1, 1.0)
-    value = tl.where(value < 1.0, value, 1.0)  # the last code stands alone in its decade, at 1
-    value = tl.where(zero, 0.0, value)
+    value = tl.where(zero, 0.0, f * 0.9 - 0.8)
+    # The low 3 bits of m's exponent are d + 6. Here and below, multiplying inside the select makes it one predicated multiply.
+    value *= tl.where((mb & 0x02000000) != 0, scale * 1e-2, scale * 1e-6)
+    value = tl.where((mb & 0x01000000) != 0, value * 1e2, value)
+    value = tl.where((mb & 0x00800000) != 0, value * 1e1, value)
+    value = tl.minimum(value, scale)  # the last code stands alone in its decade, at 1
     if SIGNED:
         value = from_bits(bits(value) | (bits(centred) & 0x80000000))
-    return value * scale
+    return value
 
 
 @triton.jit
 def int8_encode(x, inverse, SIGNED: tl.constexpr):
-    xb = bits(x)
-    magnitude = xb & 0x7FFFFFFF
+    magnitude = bits(x) & 0x7FFFFFFF
     y = from_bits(magnitude) * inverse
-    # 1.02 lands on the last code; a negative value takes the code before it, since -1 has none. A NaN goes the same way.
-    if SIGNED:
-        negative = (xb >> 31) != 0
-        y = tl.where(y < 1.0 - 0.45 / 128, y, tl.where(negative, 0.9999, 1.02))
-    else:
-        y = tl.where(y < 1.0 - 0.45 / 256, y, 1.02)
-    # 154 / 512 is log10(2): the decade of y, or the one below.
-    t = tl.maximum(tl.umulhi(bits(y), tl.full(y.shape, 154, tl.uint32)).to(tl.int32) - 32, 0)
-    y9 = y * tl.where((t & 4) != 0, 1.0 / 9, 1e4 / 9)
-    y9 *= tl.where((t & 2) != 0, 1.0, 1e2)
-    y9 *= tl.where((t & 1) != 0, 1.0, 1e1)
-    z = y9 + 8.0 / 9
-    if SIGNED:
-        j = t
-    else:
-        j = t + 1
-    above = z >= from_bits((0x40000000 + (0x400000 >> j)).to(tl.uint32))  # 2 + 1 / n: midway to the next decade
+    y = tl.where(y < (1.0 - 0.45 / 128 if SIGNED else 1.0 - 0.45 / 256), y, 1.02)  # NaN too; 1.02 lands on the last code
+    # 154 / 512 is log10(2): the decade of y, or the one below, in the form shift = 23 - log2(n). Its low bits are the power of 10.
+    estimate = tl.umulhi(bits(y), tl.full(y.shape, 154, tl.uint32)).to(tl.int32)
+    shift = tl.minimum((55 if SIGNED else 54) - estimate, 23 if SIGNED else 22)
+    z = y * tl.where((shift & 4) != 0, 1e3 / 0.9 if SIGNED else 1e4 / 0.9, 0.1 / 0.9 if SIGNED else 1.0 / 0.9)
+    z = tl.where((shift & 2) != 0, z * 1e2, z)
+    z = tl.where((shift & 1) != 0, z * 1e1, z) + 8.0 / 9
+    above = bits(z) >= (0x40000000 + ((1 << shift) >> 1)).to(tl.uint32)  # z >= 2 + 1 / n: nearer to the next decade
     z = tl.where(above, z * 0.1 + 0.8, z)
-    j += above.to(tl.int32)
-    z = tl.where(z < 2.0, z, 1.9999999)
+    shift = tl.where(above, shift - 1, shift)
+    z = tl.minimum(z, 1.9999999)
+    if not SIGNED:
+        z = tl.maximum(z, 1.0)  # never code 0 for a second moment that is not zero: m / sqrt(v) stays bounded
+    k = (bits(z).to(tl.int32) - 0x3F000000) >> shift
     if SIGNED:
-        k = (bits(z) - 0x3F000000) >> (23 - j).to(tl.uint32)
-        k = tl.where(y < 0.275e-6, 0, k.to(tl.int32))
-        return (127 + tl.where(negative, -k, k)).to(tl.uint8)
+        k = tl.where(y < 0.275e-6, 0, k)
+        return tl.maximum(tl.where(x < 0.0, 127 - k, 127 + k), 0).to(tl.uint8)  # -1 has no code
     else:
-        z = tl.where(z > 1.0, z, 1.0)  # never code 0 for a second moment that is not zero: m / sqrt(v) stays bounded
-        k = (bits(z) - 0x3F000000) >> (23 - j).to(tl.uint32)
         smallest = tl.where(inverse > 0.0, 0x00800000, 0x7FFFFFFF).to(tl.uint32)  # subnormal counts as 0
-        return tl.where(magnitude >= smallest, k.to(tl.int32) - 1, 0).to(tl.uint8)
+        return tl.where(magnitude >= smallest, k - 1, 0).to(tl.uint8)
 
 
 @triton.jit
@@ -111,7 +106,7 @@ def row_pointer(table, column, rows, row, TYPE: tl.constexpr):
 
 @triton.jit
 def state_pointer(table, state, rows, row, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    FORMAT_ID: tl.constexpr = FORMAT & FORMAT_MASK
+    FORMAT_ID: tl.constexpr = FORMAT & 0xFF
     if FORMAT_ID == FP32:
         p = row_pointer(table, 2 + state, rows, row, tl.float32)
     elif FORMAT_ID == BF16:
@@ -125,47 +120,60 @@ def state_pointer(table, state, rows, row, FORMAT: tl.constexpr, ALIGNED: tl.con
 
 
 @triton.jit
-def load_state(p, scales, local, inside, blocks, inside_blocks, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    """fp32 values of a tile; zeros outside the tensor."""
-    FORMAT_ID: tl.constexpr = FORMAT & FORMAT_MASK
-    SIGNED: tl.constexpr = (FORMAT & FORMAT_SIGNED) != 0
-    if MASKED:
-        x = tl.load(p + local, mask=inside, other=127 if FORMAT_ID == INT8 and SIGNED else 0)
-    else:
-        x = tl.load(p + local)
-    if FORMAT_ID == INT8:
-        if MASKED:
-            scale = tl.load(scales + blocks, mask=inside_blocks, other=0.0)
+def load_stream(p, local, inside, whole, other, ALIGNED: tl.constexpr):
+    """A tile's elements: without masks, in 16-byte pieces, where the whole tile is inside an aligned tensor.
+
+    The branch is around each access, not around the whole step: a second copy of the arithmetic needs twice the registers.
+    """
+    if ALIGNED:
+        if whole:
+            x = tl.load(p + local)
         else:
-            scale = tl.load(scales + blocks)
-        return int8_decode(x, scale, SIGNED)
+            x = tl.load(p + local, mask=inside, other=other)
+    else:
+        x = tl.load(p + local, mask=inside, other=other)
+    return x
+
+
+@triton.jit
+def store_stream(p, x, local, inside, whole, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        if whole:
+            tl.store(p + local, x)
+        else:
+            tl.store(p + local, x, mask=inside)
+    else:
+        tl.store(p + local, x, mask=inside)
+
+
+@triton.jit
+def load_state(p, scales, local, inside, whole, blocks, inside_blocks, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """fp32 values of a tile; zeros outside the tensor, so that they raise no absmax."""
+    FORMAT_ID: tl.constexpr = FORMAT & 0xFF
+    SIGNED: tl.constexpr = (FORMAT & 0x100) != 0
+    x = load_stream(p, local, inside, whole, 127 if FORMAT_ID == INT8 and SIGNED else 0, ALIGNED)
+    if FORMAT_ID == INT8:
+        scale = tl.load(scales + blocks, mask=inside_blocks, other=0.0)
+        return int8_decode(x, spread(scale, x.shape[0]), SIGNED)
     else:
         return x.to(tl.float32)
 
 
 @triton.jit
-def store_state(x, p, scales, local, inside, blocks, inside_blocks, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    FORMAT_ID: tl.constexpr = FORMAT & FORMAT_MASK
+def store_state(x, p, scales, local, inside, whole, blocks, inside_blocks, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    FORMAT_ID: tl.constexpr = FORMAT & 0xFF
     if FORMAT_ID == INT8:
         # The integer order of magnitudes puts NaN above infinity: a non-finite element poisons its block, visibly.
-        magnitude = (bits(x) & 0x7FFFFFFF).to(tl.int32)
-        if MASKED:
-            magnitude = tl.where(inside, magnitude, 0)
-        largest = tl.max(magnitude, axis=1, keep_dims=True)
+        largest = tl.max((bits(x) & 0x7FFFFFFF).to(tl.int32), axis=1, keep_dims=True)
         largest = tl.where(largest < 0x00800000, 0, largest)
         scale = from_bits(largest)
         usable = (largest > 0) & (largest < 0x7F800000)
         inverse = tl.where(usable, 1.0 / tl.where(usable, scale, 1.0), 0.0)
-        stored = int8_encode(x, inverse, (FORMAT & FORMAT_SIGNED) != 0)
-        if MASKED:
-            tl.store(scales + blocks, scale, mask=inside_blocks)
-        else:
-            tl.store(scales + blocks, scale)
+        stored = int8_encode(x, inverse, (FORMAT & 0x100) != 0)
+        owner = inside_blocks & (tl.arange(0, 32)[None, :] == 0)
+        tl.store(scales + blocks, tl.broadcast_to(scale, blocks.shape), mask=owner)
     elif FORMAT_ID == BF16:
         stored = to_bf16(x)
     else:
         stored = x
-    if MASKED:
-        tl.store(p + local, stored, mask=inside)
-    else:
-        tl.store(p + local, stored)
+    store_stream(p, stored, local, inside, whole, ALIGNED)

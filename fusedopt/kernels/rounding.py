@@ -6,7 +6,7 @@ The bits of csrc/precision.h and csrc/philox.h: key = seed, counter = (element /
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.formats import bits, to_bf16
+from fusedopt.kernels.formats import bits, store_stream, to_bf16
 
 
 @triton.jit
@@ -47,7 +47,9 @@ def fp16_stochastic(x, random16):
 
 
 @triton.jit
-def store_param(x, p, local, inside, seed, step, tensor, octet, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr):
+def store_param(
+    x, p, local, inside, whole, seed, step, tensor, octet, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
     TYPE: tl.constexpr = p.dtype.element_ty
     if STOCHASTIC and TYPE == tl.bfloat16:
         stored = bf16_stochastic(x, uniform16(seed, step, tensor, octet, x.shape[0]))
@@ -57,7 +59,4 @@ def store_param(x, p, local, inside, seed, step, tensor, octet, STOCHASTIC: tl.c
         stored = to_bf16(x)
     else:
         stored = x.to(TYPE)
-    if MASKED:
-        tl.store(p + local, stored, mask=inside)
-    else:
-        tl.store(p + local, stored)
+    store_stream(p, stored, local, inside, whole, ALIGNED)

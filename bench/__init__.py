@@ -1,0 +1,1 @@
+"""Benchmarks and resource gates of fusedopt: `python -m bench run | compare | plot | gates | gpu`."""

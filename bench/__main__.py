@@ -1,0 +1,30 @@
+"""Command line of the benchmarks: `python -m bench run | compare | plot | gates | gpu`, each with --help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "run": "measure cases x providers, interleaved, against the copy bandwidth of the same run",
+    "compare": "two result files: which ratios changed beyond noise",
+    "plot": "a result file as PNG charts",
+    "gates": "registers, spills, access widths, launches and bytes against their limits",
+    "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    modules = {}
+    for name, text in COMMANDS.items():
+        modules[name] = importlib.import_module(f"bench.{name}")
+        modules[name].add_arguments(commands.add_parser(name, help=text, description=modules[name].__doc__))
+    args = parser.parse_args(argv)
+    return modules[args.command].main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

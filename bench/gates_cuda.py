@@ -1,0 +1,124 @@
+"""Registers, spills, access widths and instruction counts of the CUDA kernels as nvcc compiles them, without a GPU.
+
+Compiled once per content of the sources, under build/gates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "simt"))
+import build as simt  # noqa: E402
+
+ARCHS = ("sm_80", "sm_90")
+WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+
+
+def nvcc() -> str | None:
+    found = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return found if Path(found).exists() else None
+
+
+def cuobjdump() -> str | None:
+    """From the toolkit, or from triton's wheel."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(path) if path.exists() else None
+
+
+def missing() -> str | None:
+    """Why `resources` cannot run here, or None."""
+    if nvcc() is None:
+        return "nvcc not found"
+    return None if cuobjdump() else "cuobjdump not found (CUDA toolkit or the triton package)"
+
+
+def compile_unit(source: Path, arch: str, gen: Path, output: Path) -> Path:
+    number = arch.removeprefix("sm_")
+    command = [nvcc(), *"-O3 -std=c++17 --expt-relaxed-constexpr -cubin".split(), f"-I{simt.CSRC}", f"-I{gen}"]
+    command += ["-gencode", f"arch=compute_{number},code={arch}", "-o", str(output), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    return output
+
+
+def _name(symbol: str) -> str:
+    """_ZN2fo11step_kernelINS_4AdamELb1EEEv... -> "Adam probe"; other kernels by their own name."""
+    if found := re.match(r"_ZN2fo\d+step_kernelINS_\d+(\w+?)ELb([01])E", symbol):
+        return found[1] + (" probe" if found[2] == "1" else "")
+    length = re.match(r"_ZN2fo(\d+)", symbol)
+    return symbol[length.end() : length.end() + int(length[1])] if length else symbol
+
+
+def read_cubin(path: Path) -> list[dict]:
+    def dump(flag):
+        return subprocess.run([cuobjdump(), flag, str(path)], capture_output=True, text=True, check=True).stdout
+
+    usage = {name: fields for name, fields in re.findall(r"Function (\S+):\s*\n\s*(.*REG.*)", dump("-res-usage"))}
+    rows = []
+    for body in dump("-sass").split("Function : ")[1:]:
+        symbol = body.split()[0]
+        use = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[symbol])}
+        ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body)
+        widths = {"LDG": Counter(), "STG": Counter()}
+        for op in ops:
+            name, *flags = op.split(".")
+            if name in widths:
+                widths[name][next((WIDTHS[f] for f in flags if f in WIDTHS), 32)] += 1
+        rows.append(
+            {
+                "kernel": _name(symbol),
+                "registers": use["REG"],
+                "spills": use["STACK"] + use["LOCAL"] + sum(op.startswith(("LDL", "STL")) for op in ops),
+                "shared": use["SHARED"],
+                "loads": dict(widths["LDG"]),
+                "stores": dict(widths["STG"]),
+                "instructions": sum(op not in ("NOP", "BRA") for op in ops),
+                "calls": sum(op.startswith("CALL") for op in ops),
+            }
+        )
+    return rows
+
+
+def resources(archs=ARCHS, workers: int = 2) -> list[dict]:
+    """One dict per kernel and arch: kernel, arch, registers, spills (bytes of stack and local memory, plus local accesses),
+    shared (bytes), loads and stores ({bits: static count}), instructions (static), calls."""
+    out = simt.BUILD / "gates" / simt.digest(*archs, Path(__file__).read_text())
+    cached = out / "resources.json"
+    if cached.exists():
+        rows = json.loads(cached.read_text())
+        for row in rows:
+            row["loads"], row["stores"] = ({int(k): v for k, v in row[n].items()} for n in ("loads", "stores"))
+        return rows
+    gen = out / "gen"
+    gen.mkdir(parents=True, exist_ok=True)
+    jobs = [(source, arch) for source in simt.sources(gen) for arch in archs]
+
+    def run(job):
+        source, arch = job
+        cubin = compile_unit(source, arch, gen, out / f"{source.stem}.{arch}.cubin")
+        return [{"arch": arch, **row} for row in read_cubin(cubin)]
+
+    with ThreadPoolExecutor(workers) as pool:
+        rows = [row for part in pool.map(run, jobs) for row in part]
+    cached.write_text(json.dumps(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    for row in resources(tuple(sys.argv[1:]) or ARCHS):
+        print(row)

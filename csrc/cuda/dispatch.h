@@ -1,0 +1,44 @@
+// Runs a Launch by its rule id and phase: the entry that the Python module and the host shim share. Needs build/gen on the include path.
+#pragma once
+#include "../fusedopt.h"
+
+const char* fo_cuda_norm(const fo::Launch& launch, void* stream);
+
+#if defined(FO_DISPATCH)
+#include "rule_headers.inc"
+
+#define FO_LIST(Type) const char* fo_cuda_##Type(const fo::Launch&, void*);
+#include "rules.inc"
+#undef FO_LIST
+
+namespace fo {
+
+using CudaStep = const char* (*)(const Launch&, void*);
+
+#define FO_LIST(Type) {Type::name, Type::states, Type::scalars, int(Type::trust_on)},
+constexpr RuleInfo kRules[] = {
+#include "rules.inc"
+};
+#undef FO_LIST
+
+#define FO_LIST(Type) fo_cuda_##Type,
+constexpr CudaStep kSteps[] = {
+#include "rules.inc"
+};
+#undef FO_LIST
+
+constexpr int kRuleCount = int(sizeof(kRules) / sizeof(kRules[0]));
+
+// Enqueues one launch; null, or what is wrong.
+inline const char* cuda_launch(const Launch& launch, void* stream) {
+  if (launch.bytes != int32_t(sizeof launch)) return "the layout of this Launch is another version's";
+  if (launch.rule < 0 || launch.rule >= kRuleCount) return "no such rule: see describe()";
+  if (launch.phase < kFused || launch.phase > kNorm) return "no such phase";
+  if (launch.chunk <= 0 || launch.chunk % kGrainSize != 0 || launch.chunk > (int64_t(1) << 28)) return "chunk is no multiple of the grain size, or beyond 2^28";
+  if (launch.n_chunks > 0x7FFFFFFF) return "more chunks than a grid has blocks";
+  if (launch.phase == kNorm) return fo_cuda_norm(launch, stream);
+  return launch.n_chunks > 0 ? kSteps[launch.rule](launch, stream) : nullptr;
+}
+
+}  // namespace fo
+#endif

@@ -1,0 +1,177 @@
+// The multi-tensor step kernel: every tensor of a bucket in one launch, from gradients to parameters and states.
+//
+// Grid: one CTA of 8 warps per chunk (2K to 16K elements). Not persistent: a chunk keeps no state for the next one, the few hundred
+// cycles of its table look-ups hide behind the other CTAs of the SM, and the hardware balances the end of the grid.
+// A warp owns one block of 256 elements at a time, a lane one octet; the warp that owns a row's last block owns its tail.
+// Format, type and precision are warp-uniform switches: one kernel per rule.
+#pragma once
+#include "int8.cuh"
+#include "reduce.cuh"
+
+namespace fo {
+
+FO_DEV int format_shift(int format) { return format == kFormatF32 ? 2 : format == kFormatBF16 ? 1 : 0; }
+
+FO_DEV void decode(float (&v)[kOctet], const Octet& o, int format, float scale, const Int8View& tables) {
+  if ((format & kFormatMask) != kFormatInt8) widen(v, o, format & kFormatMask);  // the ids of fp32 and bf16 are those of the types
+  else if (format & kFormatSigned) int8_decode8<true>(v, o, scale, tables);
+  else int8_decode8<false>(v, o, scale, tables);
+}
+static_assert(int(kFormatF32) == int(kF32) && int(kFormatBF16) == int(kBF16), "decode");
+
+// The whole warp: an int8 block takes its scale from all lanes.
+FO_DEV Octet encode(const float (&v)[kOctet], int format, float& scale, const Int8View& tables) {
+  if ((format & kFormatMask) != kFormatInt8) return narrow(v, format & kFormatMask);
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) largest = max_magnitude(largest, v[i]);
+  scale = block_scale(__reduce_max_sync(kAllLanes, bits(largest)));
+  const float inverse = scale > 0.f && scale <= 3.402823466e38f ? reciprocal(scale) : 0.f;
+  return format & kFormatSigned ? int8_encode8<true>(v, inverse, tables) : int8_encode8<false>(v, inverse, tables);
+}
+
+template <class Rule>
+FO_DEV bool any_int8(const Launch& launch) {
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < Rule::state_count; ++i) any |= (launch.formats[i] & kFormatMask) == kFormatInt8;
+  return any;
+}
+
+// What a chunk looks up only once: in shared memory, since in registers it would cost a CTA per SM.
+template <class Rule>
+struct Numbers {
+  Head head;
+  Stage stage;
+  typename Rule::Scalars scalars;
+  char *grad, *param;         // from the chunk's first element on
+  float* scales[kMaxStates];  // from its first block on
+  uint64_t octet;             // of its first element
+  uint32_t tensor;
+};
+
+// Registers allow this many CTAs per SM; without it ptxas takes more registers and leaves less in flight.
+template <class Rule>
+constexpr int kMinBlocks = Rule::state_count <= 1 ? 4 : Rule::state_count == 2 ? 3 : 2;
+
+template <class Rule, bool Probe>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const __grid_constant__ Launch launch) {
+  constexpr int kStates = Rule::state_count, kSlots = kStates > 0 ? kStates : 1;
+  __shared__ Int8Tables shared_tables;
+  __shared__ BlockSums sums;
+  __shared__ Numbers<Rule> numbers;
+  // Every look-up that can be under way before the first one is used: they are the latency of a small launch.
+  const float found_inf = launch.found_inf ? *launch.found_inf : 0.f;
+  const Work work = make_work(launch);
+  Stream states[kSlots];
+#pragma unroll
+  for (int i = 0; i < kStates; ++i)
+    states[i] = make_stream(entry(launch, kState + i, work.row), format_shift(launch.formats[i] & kFormatMask), work.first);
+  if (any_int8<Rule>(launch)) copy_int8_tables(shared_tables);
+  if (threadIdx.x == 0) {
+    const float* row = launch.scalars + (work.meta & 0xFFFFFFFF) * kScalarStride;
+    numbers.head = *reinterpret_cast<const Head*>(row);
+    numbers.scalars = *reinterpret_cast<const typename Rule::Scalars*>(row + kScalarHead);
+    numbers.stage = make_stage<Rule>(launch, launch.phase, numbers.head, numbers.scalars, work.meta >> 32);
+    numbers.grad = make_stream(entry(launch, kGrad, work.row), dtype_shift(launch.grad_dtype), work.first).base;
+    numbers.param = make_stream(entry(launch, kParam, work.row), dtype_shift(launch.param_dtype), work.first).base;
+    numbers.octet = work.first / kOctet;
+    numbers.tensor = uint32_t(work.meta >> 32);
+    for (int i = 0; i < kStates; ++i) numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + work.first / kBlock;
+  }
+  if (found_inf != 0.f) return;
+  __syncthreads();
+  const Int8View tables(shared_tables);
+
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  // A probe runs in step with the grains, so a warp without a block still adds its zero.
+  const int end = Probe ? (work.count + kGrainSize - 1) / kGrainSize * kGrainSize : work.count;
+#pragma unroll 1
+  for (int block = warp * kBlock; block < end; block += kGrainSize) {
+    const int at = block + lane * kOctet, live = work.count - at;
+    const bool full = launch.aligned && block + kBlock <= work.count;
+    const Stream grad = {numbers.grad, dtype_shift(launch.grad_dtype)};
+    const Stream param = {numbers.param, dtype_shift(launch.param_dtype)};
+    Octet raw_g, raw_p, raw_s[kSlots];
+    float scale[kSlots];
+    if (full) {
+      raw_g = load_octet(grad, at);
+      raw_p = load_octet(param, at);
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet(states[i], at);
+    } else {
+      raw_g = load_octet_masked(grad, at, live, 0);
+      raw_p = load_octet_masked(param, at, live, 0);
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet_masked(states[i], at, live, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+      scale[i] = (launch.formats[i] & kFormatMask) == kFormatInt8 && block < work.count ? __ldcs(numbers.scales[i] + block / kBlock) : 0.f;
+
+    float g[kOctet], p[kOctet], s[kMaxStates][kOctet];
+    widen(g, raw_g, launch.grad_dtype);
+    widen(p, raw_p, launch.param_dtype);
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], launch.formats[i], scale[i], tables);
+
+    Pair square = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      const float u = direction<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
+      if (!Probe) {
+        p[i] = epilogue(p[i], u, numbers.stage);
+      } else if (full || i < live) {
+        square.first = fmaf(p[i], p[i], square.first);
+        square.second = fmaf(u, u, square.second);
+      }
+    }
+    if (Probe) {
+      const int grain = block / kGrainSize;
+      square = warp_sum(square);
+      if (lane == 0) sums.block[grain % kPassGrains][warp] = square;
+      const bool last = block + kGrainSize >= end;
+      if (grain % kPassGrains == kPassGrains - 1 || last) store_grains(launch, work, sums, grain - grain % kPassGrains);
+      continue;
+    }
+
+    Octet out;
+    if (launch.precision == kStochastic && launch.param_dtype != kF32) {
+      const Random8 random = philox8(numbers.head, numbers.tensor, numbers.octet + at / kOctet);
+      out = narrow_stochastic(p, launch.param_dtype, random);
+    } else {
+      out = narrow(p, launch.param_dtype);
+    }
+    if (full) store_octet(param, at, out);
+    else store_octet_masked(param, at, live, out);
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      if (!full) {  // what lies outside the row must not reach a block's scale
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k) s[i][k] = k < live ? s[i][k] : 0.f;
+      }
+      float next = 0.f;
+      out = encode(s[i], launch.formats[i], next, tables);
+      if (full) store_octet(states[i], at, out);
+      else store_octet_masked(states[i], at, live, out);
+      if (lane == 0 && (launch.formats[i] & kFormatMask) == kFormatInt8) __stcs(numbers.scales[i] + block / kBlock, next);
+    }
+  }
+  if (Probe) finish_row<false>(launch, work);
+}
+
+template <class Rule>
+const char* launch_step(const Launch& launch, void* stream) {
+  if (launch.phase == kProbe) {
+    if constexpr (Rule::trust_on == Trust::update) FO_LAUNCH((step_kernel<Rule, true>), launch.n_chunks, kThreads, stream, launch);
+    else return "only a rule with a trust ratio on its update has a probe";
+  } else {
+    FO_LAUNCH((step_kernel<Rule, false>), launch.n_chunks, kThreads, stream, launch);
+  }
+  return launch_error();
+}
+
+}  // namespace fo
+
+#define FO_INSTANTIATE(Type) \
+  const char* fo_cuda_##Type(const fo::Launch& launch, void* stream) { return fo::launch_step<fo::Type>(launch, stream); }

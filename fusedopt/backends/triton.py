@@ -1,0 +1,135 @@
+"""The Triton backend: one launch of kernels/driver.py per Work, on NVIDIA, AMD and Intel GPUs, or interpreted on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from fusedopt.abi import DTYPE_CODES, MAX_STATES, Phase
+from fusedopt.backends.base import BucketKey, Work
+from fusedopt.formats import get_format
+from fusedopt.kernels.language import missing
+from fusedopt.rule import Rule, get_rule
+
+_FORMATS = ("fp32", "bf16", "int8")
+_TRUST = {None: 0, "gradient": 1, "update": 2}
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU: TRITON_INTERPRET=1 when Triton was imported."""
+    if missing:
+        return False
+    from fusedopt.kernels.formats import INTERPRETED
+
+    return bool(INTERPRETED.value)
+
+
+def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phase: Phase, aligned: bool) -> dict:
+    """The compile-time arguments of the step kernel: all that is code rather than data. NORM is the same kernel for every rule."""
+    import triton.language as tl
+
+    element = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    norm = phase == Phase.NORM
+    codes = [] if norm else [form.code(state.signed) for form, state in zip(formats, rule.states, strict=True)]
+    codes += [-1] * (MAX_STATES - len(codes))
+    return {
+        "DIRECTION": None if norm else rule.direction,
+        "TRUST": None if norm else rule.trust_triton,
+        "TRUST_ON": 0 if norm else _TRUST[rule.trust_on],
+        **{f"F{i}": code for i, code in enumerate(codes)},
+        "PARAM": element[param_dtype],
+        "GRAD": element[grad_dtype],
+        "STOCHASTIC": precision == "stochastic" and param_dtype != torch.float32 and phase in (Phase.FUSED, Phase.APPLY),
+        "PHASE": int(phase),
+        "ALIGNED": bool(aligned),
+    }
+
+
+class TritonBackend:
+    name = "triton"
+
+    def reason(self) -> str | None:
+        """Why this backend cannot run here at all, or None."""
+        if missing:
+            return f"{missing}. Install it with pip install triton."
+        if interpreted():
+            return None
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        if compiler is None:
+            return "Triton needs a C compiler on the host to build its launcher. Install gcc or clang, or set CC."
+        return None
+
+    def supports(self, key: BucketKey) -> str | None:
+        why = self.reason()
+        if why is not None:
+            return f"backend 'triton' cannot run: {why}"
+        if key.device.type == "cpu" and not interpreted():
+            return "backend 'triton' cannot step CPU tensors: move the model to a GPU, or set TRITON_INTERPRET=1 to test without one"
+        if key.device.type not in ("cpu", "cuda", "xpu"):
+            return f"backend 'triton' cannot step tensors on {key.device}: it needs a CUDA, ROCm or XPU device"
+        for what, dtype in (("parameters", key.param_dtype), ("gradients", key.grad_dtype)):
+            if dtype not in DTYPE_CODES:
+                return f"backend 'triton' cannot step {what} of {dtype}: it takes float32, bfloat16 and float16"
+        for name in key.formats:
+            if get_format(name).name not in _FORMATS:
+                return f"backend 'triton' has no encoder for state_format {name!r}: use one of {', '.join(_FORMATS)}"
+        if get_rule(key.rule).direction is None:
+            return f"rule {key.rule!r} has no Triton body"
+        return None
+
+    def units(self, device: torch.device) -> int:
+        if device.type == "cpu":
+            return 1
+        properties = getattr(torch, device.type).get_device_properties(device)
+        return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+    def launch(self, work: Work) -> None:
+        chunks = work.chunks.numel()
+        if chunks == 0:
+            if work.phase == Phase.NORM:  # nothing but empty tensors, yet their total of 0 has a place in the global norm
+                from fusedopt.backends.reference import ReferenceBackend
+
+                ReferenceBackend().launch(work)
+            return
+        device = work.table.device
+        if device.type == "cpu":
+            self._launch(work, chunks)
+        else:
+            with getattr(torch, device.type).device(device):
+                self._launch(work, chunks)
+
+    def _launch(self, work: Work, chunks: int) -> None:
+        from fusedopt.kernels.driver import launch_options, step_kernel
+
+        norm = work.phase == Phase.NORM
+        reduces = norm or work.phase == Phase.PROBE
+        fixed = work.cache.get("triton")
+        if fixed is None:
+            key = work.key
+            fixed = constants(
+                work.rule, work.formats, key.param_dtype, key.grad_dtype, work.precision.name, work.phase, key.aligned
+            )
+            fixed |= launch_options(fixed, nvidia=work.table.is_cuda and torch.version.hip is None)
+            fixed["live_rows"] = sum(item.param.numel() > 0 for item in work.items)
+            work.cache["triton"] = fixed
+        step_kernel[(chunks,)](
+            work.table,
+            work.chunks,
+            work.scalars,
+            work.grad_scale,
+            None if reduces else work.found_inf,
+            work.clip if not norm or work.max_norm > 0 else None,
+            work.partials if reduces else None,
+            work.sums,
+            work.totals if norm else None,
+            work.norm if norm else None,
+            work.counters if reduces else None,
+            len(work.items),
+            chunk=work.chunk,
+            max_norm=work.max_norm,
+            total_index=work.total_index,
+            total_count=work.total_count,
+            **fixed,
+        )

@@ -1,0 +1,235 @@
+"""Memory of a model in training: weights, gradients, master weights and optimizer states, side by side.
+
+The model is a number of parameters, a Hugging Face config.json, or a Python callable that builds a torch.nn.Module:
+
+  python -m fusedopt estimate --params 7e9 --optim adamw8bit --param-dtype bf16
+  python -m fusedopt estimate --config path/to/config.json
+  python -m fusedopt estimate --model package.module:build_model
+
+States are counted by allocating them, as the optimizer does, on torch's meta device. Activations are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+
+import fusedopt
+from fusedopt.cli import DTYPES, UsageError, dtype_name, split_names, write_json
+from fusedopt.cli.hf_config import read_config
+from fusedopt.cli.table import render
+from fusedopt.factory import parse_name
+from fusedopt.precision import list_precisions
+from fusedopt.states import option_overrides, scale_name
+
+COMMON = ("adamw", "adamw_bf16", "adamw8bit", "lion", "lion8bit", "sgd", "sgd8bit", "lamb", "lamb8bit")
+OPTIONS = {"sgd": {"momentum": 0.9}}
+
+
+@dataclass
+class Choice:
+    """Bytes of one way to train. `chosen` marks what --optim asked for."""
+
+    name: str
+    params: str
+    weights: int
+    gradients: int
+    master: int
+    states: int
+    chosen: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.master + self.states
+
+
+@dataclass
+class Model:
+    """Shapes on the meta device; `frozen` parameters have no gradient and no state."""
+
+    name: str
+    trained: list[torch.Tensor]
+    frozen: list[torch.Tensor]
+
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.trained + self.frozen)
+
+
+def _meta(shape, dtype: torch.dtype) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def from_count(text: str, dtype: torch.dtype) -> Model:
+    """A model of one tensor with a number of elements such as "7e9" or "350M"."""
+    suffixes = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    scale = suffixes.get(text[-1:].upper(), 1)
+    try:
+        count = float(text[:-1] if scale != 1 else text) * scale
+    except ValueError:
+        raise UsageError(f"--params {text!r} is not a number; write 7e9, 350M or 7000000000") from None
+    if not (math.isfinite(count) and count >= 1):
+        raise UsageError(f"--params {text!r} must be at least 1")
+    return Model(f"{count:.4g} parameters", [_meta((round(count),), dtype)], [])
+
+
+def from_config(path: str, dtype: torch.dtype) -> Model:
+    name, shapes = read_config(path)
+    return Model(name, [_meta(shape, dtype) for shape in shapes], [])
+
+
+def from_module(target: str, dtype: torch.dtype | None) -> Model:
+    """A model from "module:callable", built on the meta device. dtype None keeps the model's own."""
+    module_name, colon, attribute = target.partition(":")
+    if not colon or not module_name or not attribute:
+        raise UsageError(f"--model {target!r}: write module:callable, e.g. my_model:build")
+    sys.path.insert(0, "")
+    try:
+        found = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        if not isinstance(found, torch.nn.Module):
+            with torch.device("meta"):
+                found = found()
+    except Exception as error:  # the user's code may fail in any way
+        raise UsageError(f"--model {target}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(found, torch.nn.Module):
+        raise UsageError(f"--model {target}: expected a torch.nn.Module, got {type(found).__name__}")
+    model = Model(target, [], [])
+    for p in found.parameters():
+        copy = _meta(p.shape, dtype or p.dtype)
+        if option_overrides(p):
+            fusedopt.override(copy, **option_overrides(p))
+        (model.trained if p.requires_grad else model.frozen).append(copy)
+    if not model.trained:
+        raise UsageError(f"--model {target}: no parameter requires a gradient")
+    return model
+
+
+def _bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: str, **options) -> Choice:
+    """One optimizer on a model. Raises UsageError where the optimizer refuses the options."""
+    base, _ = parse_name(name)
+    try:
+        opt = fusedopt.create(name, model.trained, param_precision=precision, **OPTIONS.get(base, {}), **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{name}: {error}") from None
+    states = extra = 0
+    for group in opt.param_groups:
+        rule = opt.rule_for(group)
+        names = {kind for state in rule.state_names for kind in (state, scale_name(state))}
+        for p in group["params"]:
+            entry = dict(opt.init_state(p, group, rule))
+            del entry["step"]
+            states += _bytes(t for key, t in entry.items() if key in names)
+            extra += _bytes(t for key, t in entry.items() if key not in names)
+    gradients = sum(p.numel() * (grad_dtype or p.dtype).itemsize for p in model.trained)
+    label = f"{name} momentum" if base == "sgd" else name
+    return Choice(label, _dtypes(model.trained), _bytes(model.trained + model.frozen), gradients, extra, states)
+
+
+def _dtypes(tensors) -> str:
+    return "/".join(sorted({dtype_name(t.dtype) for t in tensors}))
+
+
+def torch_choices(model: Model, grad_dtype: torch.dtype | None) -> list[Choice]:
+    """torch.optim.AdamW in fp32, and on an fp32 master copy of 16-bit weights. It keeps two states in the dtype it steps."""
+    n, full, half = sum(p.numel() for p in model.trained), torch.float32.itemsize, torch.bfloat16.itemsize
+    frozen = sum(p.numel() for p in model.frozen)
+    grad = grad_dtype.itemsize if grad_dtype else None
+    return [
+        Choice("torch AdamW", "fp32", (n + frozen) * full, n * full, 0, 2 * n * full),
+        Choice("torch AdamW, fp32 master", "bf16", (n + frozen) * half, n * (grad or half), n * full, 2 * n * full),
+    ]
+
+
+def choices(model: Model, names: list[str], grad_dtype=None, precision="nearest", **options) -> list[Choice]:
+    """The common choices, then those of `names` that are not among them; `names` are marked."""
+    out = torch_choices(model, grad_dtype)
+    for name in dict.fromkeys([*COMMON, *names]):
+        choice = measure(name, model, grad_dtype, precision, **options)
+        choice.chosen = name in names
+        out.append(choice)
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--params", metavar="N", help="number of parameters: 7e9, 350M, 7B")
+    source.add_argument("--config", metavar="PATH", help="a Hugging Face config.json, or the folder that holds one")
+    source.add_argument("--model", metavar="MODULE:CALLABLE", help="a callable that returns a torch.nn.Module")
+    parser.add_argument(
+        "--optim", action="append", metavar="NAME", help="mark (and add) an optimizer, e.g. adamw8bit; repeatable"
+    )
+    parser.add_argument("--param-dtype", choices=DTYPES, help="of the weights (default bf16; the model's with --model)")
+    parser.add_argument("--grad-dtype", choices=DTYPES, help="of the gradients (default: as the weights)")
+    parser.add_argument(
+        "--param-precision",
+        choices=list_precisions(),
+        help="how 16-bit weights are updated (default: stochastic for 16-bit weights, nearest for fp32)",
+    )
+    parser.add_argument(
+        "--min-quantized-numel", type=int, default=4096, metavar="N", help="smaller tensors keep fp32 states (4096)"
+    )
+    parser.add_argument("--json", metavar="PATH", help="write the numbers, in bytes, to a file ('-': standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    names = split_names(args.optim)
+    dtype = DTYPES.get(args.param_dtype)
+    if args.model:
+        model = from_module(args.model, dtype)
+    else:
+        build, value = (from_config, args.config) if args.config else (from_count, args.params)
+        model = build(value, dtype or torch.bfloat16)
+    sixteen = any(p.element_size() == 2 for p in model.trained)
+    precision = args.param_precision or ("stochastic" if sixteen else "nearest")
+    options = {"min_quantized_numel": args.min_quantized_numel}
+    rows = choices(model, names, DTYPES.get(args.grad_dtype), precision, **options)
+    if args.json:
+        count = {"model": model.name, "parameters": model.numel(), "tensors": len(model.trained) + len(model.frozen)}
+        write_json(args.json, {**count, "choices": [{**asdict(c), "total": c.total} for c in rows]})
+    if args.json != "-":
+        print(report(model, rows, precision, args.min_quantized_numel))
+    return 0
+
+
+def report(model: Model, rows: list[Choice], precision: str, min_numel: int) -> str:
+    """The table and what it leaves out, as text."""
+    n = model.numel()
+    unit, size = ("GiB", 2**30) if max(c.total for c in rows) >= 2**30 else ("MiB", 2**20)
+    lines = [f"{model.name}: {n:,} parameters in {len(model.trained) + len(model.frozen)} tensors, sizes in {unit}", ""]
+    cells = []
+    for c in rows:
+        parts = [c.weights, c.gradients, c.master, c.states, c.total]
+        numbers = [f"{x / size:.2f}" if x else "-" for x in parts]
+        row = [("> " if c.chosen else "  ") + c.name, c.params, *numbers]
+        cells.append([*row, f"{c.states / n:.3f}", f"{c.total / n:.2f}"])
+    headers = ["  optimizer", "params", "weights", "gradients", "master", "states", "total", "state B/p", "total B/p"]
+    lines += [render(headers, cells, left=2, indent=""), ""]
+    small = [p for p in model.trained if p.numel() < min_numel]
+    if small:
+        lines.append(
+            f"{len(small)} tensors below {min_numel} elements ({sum(p.numel() for p in small):,} in all) keep fp32 states "
+            "under an 8-bit format."
+        )
+    if model.frozen:
+        lines.append(f"{sum(p.numel() for p in model.frozen):,} parameters are frozen: no gradient, no state.")
+    if any(p.element_size() == 2 for p in model.trained):
+        how = {
+            "nearest": "Rounding to nearest loses updates below half a unit in the last place: consider stochastic.",
+            "stochastic": "Stochastic rounding needs no master copy.",
+        }
+        lines.append(f"16-bit weights with param_precision={precision!r}. {how.get(precision, '')}".rstrip())
+    return "\n".join([*lines, "Activations, temporary buffers and the allocator's reserve come on top."])
+
+

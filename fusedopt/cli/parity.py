@@ -1,0 +1,146 @@
+"""Parity check: steps of every rule on a backend against the fp64 reference, in units of the error that is allowed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+
+from fusedopt import states as st
+from fusedopt.backends import select
+from fusedopt.backends.base import BucketKey
+from fusedopt.formats import list_formats
+from fusedopt.memory import flat
+from fusedopt.precision import get_precision
+from fusedopt.rule import optimizers
+
+LR = 0.05
+STEPS = 2  # from zero states, then from the states the first one left
+SHAPES = ((64, 100), (4099,), (33,))  # whole blocks, a tail, and a tensor that keeps fp32 states
+
+
+HALF_STEP_SLACK = 1.1  # values near the middle of two codes may go either way
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer class with the flags that select one of its rules."""
+
+    optimizer: str
+    flags: tuple[tuple[str, object], ...]
+    rule: str
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.optimizer, *(f"{name}={value}" for name, value in self.flags)])
+
+    def build(self, params, **options) -> torch.optim.Optimizer:
+        return optimizers()[self.optimizer](params, lr=LR, weight_decay=0.1, **dict(self.flags), **options)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """error: the largest error as a share of its bound; reason: why the combination is not supported; failure: an exception."""
+
+    case: Case
+    params: str
+    states: str
+    error: float = 0.0
+    reason: str | None = None
+    failure: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None and self.error <= 1.0
+
+
+def cases() -> list[Case]:
+    """Every rule of every optimizer class, found by turning the class's flags, one at a time."""
+    found: dict[tuple[str, str], Case] = {}
+    for name, cls in sorted(optimizers().items()):
+        tries: list[dict] = [{}]
+        for option in inspect.signature(cls).parameters.values():
+            if isinstance(option.default, bool):
+                tries.append({option.name: not option.default})
+            elif option.name == "momentum":
+                tries += [{"momentum": 0.0 if option.default else 0.9}]
+        for flags in tries:
+            try:
+                opt = cls([torch.nn.Parameter(torch.zeros(1))], **flags)
+            except ValueError:  # a flag that needs another one selects no rule of its own
+                continue
+            rule = opt.rule_for(opt.param_groups[0]).name
+            found.setdefault((name, rule), Case(name, tuple(flags.items()), rule))
+    return list(found.values())
+
+
+def combinations() -> list[tuple[torch.dtype, str]]:
+    """Parameter dtypes and state formats that are checked."""
+    return [*((torch.float32, name) for name in list_formats()), (torch.bfloat16, "int8")]
+
+
+def check(case: Case, backend: str, device: torch.device, dtype: torch.dtype, form: str) -> Outcome:
+    """Steps one optimizer on a backend and compares parameters and states after each step with the fp64 reference."""
+    params, states = str(dtype).removeprefix("torch."), form
+    try:
+        tensors = _random(dtype, device, seed=0)
+        opt = case.build(tensors, state_format=form, backend=backend)
+        rule = opt.rule_for(opt.param_groups[0])
+        key = BucketKey(
+            device, backend, rule.name, dtype, dtype, (form,) * len(rule.states), get_precision("nearest").name, True
+        )
+        why = select.get_backend(backend).supports(key)
+        if why is not None:
+            return Outcome(case, params, states, reason=why)
+        return Outcome(case, params, states, error=_compare(case, opt, rule, tensors))
+    except Exception as error:  # a broken backend may fail in any way
+        return Outcome(case, params, states, failure=f"{type(error).__name__}: {error}")
+
+
+def _random(dtype: torch.dtype, device, seed: int) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in SHAPES]
+
+
+def _compare(case: Case, opt, rule, params: list[torch.nn.Parameter]) -> float:
+    exact = [torch.nn.Parameter(p.detach().cpu().double()) for p in params]
+    oracle = case.build(exact, backend="reference")
+    worst = 0.0
+    for step in range(STEPS):
+        for p, q, g in zip(params, exact, _random(params[0].dtype, params[0].device, seed=step + 1), strict=True):
+            p.grad = g.detach()
+            q.grad = p.grad.cpu().double()
+            q.data.copy_(p.detach())
+            for state in rule.states if step else ():
+                oracle.state[q][state.name].copy_(st.decode(opt.state[p], state))
+        opt.step()
+        oracle.step()
+        for p, q in zip(params, exact, strict=True):
+            worst = max(worst, _share(p.detach(), q.detach(), 2e-5 * LR))
+            for state in rule.states:
+                got, want = st.decode(opt.state[p], state), oracle.state[q][state.name]
+                worst = max(worst, _share(got, want, _state_bound(st.stored_format(opt.state[p], state.name), state, want)))
+    return worst
+
+
+def _state_bound(form, state, want: torch.Tensor) -> torch.Tensor:
+    """What a state may be off: its format's error, and what cancelling fp32 sums lose of the largest values."""
+    relative, absolute = form.error_bound
+    largest = want.abs().max()
+    lost = 4.8e-7 * (torch.full_like(want, largest) if state.signed else (want * largest).sqrt())
+    if form.block:
+        values = flat(want).abs()
+        padded = torch.nn.functional.pad(values, (0, -values.numel() % form.block)).view(-1, form.block)
+        scale = padded.amax(1).repeat_interleave(form.block)[: values.numel()]
+        lost = lost + (HALF_STEP_SLACK * absolute * scale).view(want.shape)
+    return lost + HALF_STEP_SLACK * relative * want.abs()
+
+
+def _share(got: torch.Tensor, want: torch.Tensor, allowed) -> float:
+    """Largest |got - want| over (allowed + 4 ulp of fp32, or 1 ulp of a 16-bit dtype); infinite where got is not finite."""
+    got = got.cpu()
+    ulp = 2.0 ** torch.floor(torch.log2(want.abs().clamp(min=1e-30))) * torch.finfo(got.dtype).eps
+    bound = allowed + (4 if got.dtype == torch.float32 else 1) * ulp
+    ratio = ((got.double() - want).abs() / bound).max().item()
+    return ratio if ratio == ratio else float("inf")

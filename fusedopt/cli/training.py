@@ -1,0 +1,164 @@
+"""One training run of the demo: the same model, seed and batches for every optimizer, with what it costs measured."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+import fusedopt
+from fusedopt.cli.corpus import Corpus
+from fusedopt.cli.gpt import GPT
+from fusedopt.cli.progress import progress
+from fusedopt.factory import parse_name
+
+# Learning rate and decoupled weight decay (of matrices) by rule: Lion takes a fifth of AdamW's rate and five times its
+# decay, see its paper. Rules without an entry run with their class's defaults.
+RECIPES = {
+    "adam": {"lr": 2e-3, "betas": (0.9, 0.98)},
+    "adamw": {"lr": 2e-3, "weight_decay": 0.1, "betas": (0.9, 0.98)},
+    "lion": {"lr": 4e-4, "weight_decay": 0.5, "betas": (0.9, 0.99)},
+    "lamb": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.98)},
+    "sgd": {"lr": 0.2, "momentum": 0.9},
+    "lars": {"lr": 5.0, "weight_decay": 1e-4, "momentum": 0.9},
+}
+TORCH = "torch AdamW"
+CHECKS = 6  # held-out measurements along the way
+
+
+@dataclass
+class Setup:
+    """What all runs share."""
+
+    corpus: Corpus
+    device: torch.device
+    steps: int
+    batch: int = 12
+    context: int = 128
+    width: int = 256
+    layers: int = 3
+    heads: int = 4
+    held_out_windows: int = 96
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    param_precision: str = "nearest"
+
+    def model(self) -> GPT:
+        torch.manual_seed(self.seed)
+        return GPT(self.width, self.layers, self.heads, self.context).to(self.device, self.dtype)
+
+
+@dataclass
+class Run:
+    """What one optimizer did. Losses in nats per byte; held_out holds (step, loss) pairs; times in seconds."""
+
+    name: str
+    label: str
+    parameters: int = 0
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    state_bytes: int = 0
+    step_time: float = 0.0
+    iteration_time: float = 0.0
+    memory: int = 0
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the last twentieth of the batches: one batch says little."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 20) :])
+
+
+def label_of(name: str) -> str:
+    base, form = parse_name(name)
+    return f"{fusedopt.rule.optimizers()[base].__name__} {form or 'fp32'}"
+
+
+def build_optimizer(name: str, model: GPT, setup: Setup) -> tuple[torch.optim.Optimizer, float]:
+    """The optimizer with its peak learning rate; norms are not decayed."""
+    options = dict(RECIPES.get("adamw" if name == TORCH else parse_name(name)[0], {}))
+    decay = options.pop("weight_decay", 0.0)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+    if name == TORCH:
+        opt = torch.optim.AdamW(groups, **options)
+    else:
+        opt = fusedopt.create(name, groups, param_precision=setup.param_precision, **options)
+    return opt, opt.param_groups[0]["lr"]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak rate at a step (from 0): linear warmup over a tenth, then a cosine down to a tenth."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: torch.Tensor, batch: int) -> float:
+    return sum(model.loss(part).item() * len(part) for part in windows.split(batch)) / len(windows)
+
+
+@contextmanager
+def deterministic():
+    """Deterministic algorithms where there are any, so that runs differ by their optimizer only."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def train(name: str, setup: Setup, note: Callable[[str], None] = lambda text: None) -> Run:
+    """Trains the model of a Setup with one optimizer. name: TORCH, or what `fusedopt.create` takes."""
+    run = Run(name, TORCH if name == TORCH else label_of(name))
+    gpu = setup.device.type == "cuda"
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    wait = (lambda: torch.cuda.synchronize(setup.device)) if gpu else (lambda: None)
+    model = setup.model()
+    run.parameters = sum(p.numel() for p in model.parameters())
+    opt, peak = build_optimizer(name, model, setup)
+    ratios = [group["lr"] / peak for group in opt.param_groups]
+    batches = setup.corpus.windows(setup.steps * setup.batch, setup.context, setup.seed).split(setup.batch)
+    held_out = setup.corpus.windows(setup.held_out_windows, setup.context, setup.seed + 1, held_out=True)
+    held_out = held_out.to(setup.device)
+    every = max(1, setup.steps // CHECKS)
+    step_times, iteration_times = [], []
+    bar = progress(setup.steps, f"{run.label:<12}")
+    with deterministic():
+        for step, windows in enumerate(batches):
+            begin = time.perf_counter()
+            for group, ratio in zip(opt.param_groups, ratios, strict=True):
+                group["lr"] = peak * ratio * schedule(step, setup.steps)
+            loss = model.loss(windows.to(setup.device))
+            loss.backward()
+            wait()
+            before = time.perf_counter()
+            opt.step()
+            wait()
+            step_times.append(time.perf_counter() - before)
+            opt.zero_grad()
+            run.losses.append(loss.item())
+            iteration_times.append(time.perf_counter() - begin)
+            bar.set_postfix_str(f"loss {run.losses[-1]:.3f}", refresh=False)
+            bar.update(1)
+            if (step + 1) % every == 0 and step + 1 + every // 2 < setup.steps:
+                run.held_out.append((step + 1, evaluate(model, held_out, setup.batch)))
+        run.held_out.append((setup.steps, evaluate(model, held_out, setup.batch)))
+    bar.close()
+    run.state_bytes = fusedopt.state_bytes(opt)
+    run.step_time, run.iteration_time = statistics.median(step_times), statistics.median(iteration_times)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    run.memory = torch.cuda.max_memory_allocated(setup.device) if gpu else 2 * weights + run.state_bytes
+    return run

@@ -1,0 +1,1 @@
+"""Independent transcriptions of published definitions, for what no package provides."""

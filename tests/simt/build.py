@@ -1,0 +1,106 @@
+"""Builds the CUDA sources for the host shim (simt.h) into one shared library and loads it: `library()`.
+
+Built once per content of the sources, under build/simt.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC, SIMT, BUILD = ROOT / "csrc", ROOT / "tests" / "simt", ROOT / "build"
+sys.path.insert(0, str(CSRC))
+import generate  # noqa: E402
+
+# The sources are written for nvcc: its pragmas and attributes mean nothing here.
+FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-attributes -Wno-maybe-uninitialized -DFO_SIMT".split()
+EXPORT = "-fvisibility=default"
+
+
+def compiler() -> str | None:
+    return next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+
+
+def digest(*parts: str) -> str:
+    """Of everything the CUDA sources are made of."""
+    h = hashlib.sha256("\0".join(parts).encode())
+    files = [*CSRC.rglob("*.h"), *(CSRC / "cuda").iterdir(), *SIMT.iterdir(), Path(generate.__file__)]
+    for path in sorted(p for p in files if p.is_file()):
+        h.update(path.name.encode() + path.read_bytes())
+    return h.hexdigest()[:16]
+
+
+def sources(gen: Path) -> list[Path]:
+    """All CUDA translation units: one per rule header, and csrc/cuda/*.cu."""
+    generate.registry(gen)
+    units = [generate.unit(gen, stem, "cuda/driver.cuh", ".cu") for stem in generate.rules()]
+    return units + sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def build(asan: bool = False) -> Path:
+    flags = FLAGS + (["-g", "-fsanitize=address", "-fno-omit-frame-pointer"] if asan else [])
+    out = BUILD / "simt" / f"{digest(*flags)}{'_asan' if asan else ''}"
+    target = out / "libsimt.so"
+    if target.exists():
+        return target
+    out.mkdir(parents=True, exist_ok=True)
+    gen = out / "gen"
+    units = [*sources(gen), SIMT / "simt.cpp"]
+    include = [f"-I{p}" for p in (CSRC, gen, SIMT)]
+
+    def compile_unit(path: Path) -> Path:
+        output = out / f"{path.stem}.o"
+        visible = [EXPORT] if path.name == "simt.cpp" else []
+        command = [compiler(), *flags, *visible, *include, "-x", "c++", "-c", str(path), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_unit, units))
+    fresh = out / "libsimt.so.new"
+    subprocess.run([compiler(), *flags, "-shared", *map(str, objects), "-o", str(fresh)], check=True)
+    fresh.replace(target)
+    return target
+
+
+class Library:
+    """The interface of fusedopt._native_cuda, on host memory."""
+
+    def __init__(self, path: Path):
+        self._lib = ctypes.CDLL(str(path))
+        for name in ("fo_simt_describe", "fo_simt_launch"):
+            getattr(self._lib, name).restype = ctypes.c_char_p
+        self._lib.fo_simt_order.argtypes = [ctypes.c_uint64]
+
+    def describe(self) -> list[tuple[str, str, str, int]]:
+        rows = [line.split(";") for line in self._lib.fo_simt_describe().decode().splitlines()]
+        return [(name, states, scalars, int(trust)) for name, states, scalars, trust in rows]
+
+    def launch_bytes(self) -> int:
+        return self._lib.fo_simt_launch_bytes()
+
+    def launch(self, packed: bytes, stream: int = 0) -> None:
+        error = self._lib.fo_simt_launch(packed)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def order(self, seed: int) -> None:
+        """Order in which the blocks of a grid run: 0 ascending, else a permutation."""
+        self._lib.fo_simt_order(seed)
+
+    def sm_count(self, device: int) -> int:
+        return 1
+
+
+@lru_cache(maxsize=None)
+def library(asan: bool = False) -> Library:
+    return Library(build(asan))

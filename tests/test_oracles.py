@@ -1,0 +1,191 @@
+"""Every rule's reference in float64 against an independent implementation: torch.optim, lion_pytorch, or the papers' equations."""
+
+import itertools
+
+import lion_pytorch
+import pytest
+import torch
+from oracles.lamb import LAMB
+from oracles.lars import LARS
+
+import fusedopt
+from fusedopt.rule import get_rule, list_rules, optimizers
+
+STEPS = 14
+SHAPES = ((7, 5), (5,), (3, 4, 2, 2), ())
+
+
+def combine(**options):
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+ADAM = combine(lr=[0.02], betas=[(0.8, 0.95)], eps=[1e-8, 1e-3], weight_decay=[0.0, 0.1], amsgrad=[False, True],
+               maximize=[False, True])  # fmt: skip
+SGD = [
+    o
+    for o in combine(lr=[0.05], momentum=[0.0, 0.9], dampening=[0.0, 0.3], nesterov=[False, True],
+                     weight_decay=[0.0, 0.1], maximize=[False, True])
+    if not o["nesterov"] or (o["momentum"] and not o["dampening"])
+]  # fmt: skip
+LION = combine(lr=[0.01], betas=[(0.9, 0.99), (0.6, 0.7)], weight_decay=[0.0, 0.1])
+LARS_CASES = [
+    {"lr": 0.5, "trust_coefficient": 0.1, **o}
+    for o in combine(momentum=[0.0, 0.9], weight_decay=[0.0, 0.1], trust_clip=[False, True], always_adapt=[False, True])
+] + [
+    {"lr": 0.5, "trust_coefficient": 0.1, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.3},
+    {"lr": 0.5, "trust_coefficient": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    {"lr": 0.5, "trust_coefficient": 0.1, "momentum": 0.9, "weight_decay": 0.1, "eps": 0.1, "maximize": True},
+]
+LAMB_CASES = [
+    {"lr": 0.02, "max_norm": None, **o}
+    for o in combine(weight_decay=[0.0, 0.1], bias_correction=[True, False], grad_averaging=[True, False],
+                     trust_clip=[False, True], always_adapt=[False, True])
+] + [
+    {"lr": 0.02, "max_norm": 1.0, "clip_eps": 1e-6},
+    {"lr": 0.02, "max_norm": 1e4, "maximize": True, "betas": (0.5, 0.7), "eps": 1e-2},
+]  # fmt: skip
+
+
+def lion(params, **options):
+    return lion_pytorch.Lion(params, **options)
+
+
+# optimizer class -> (oracle, cases)
+ORACLES = {
+    "adam": (torch.optim.Adam, ADAM),
+    "adamw": (torch.optim.AdamW, ADAM),
+    "sgd": (torch.optim.SGD, SGD),
+    "lion": (lion, LION),
+    "lars": (LARS, LARS_CASES),
+    "lamb": (LAMB, LAMB_CASES),
+}
+CASES = [
+    pytest.param(name, oracle, options, id=f"{name}-{i}")
+    for name, (oracle, cases) in ORACLES.items()
+    for i, options in enumerate(cases)
+]
+
+
+def ours(name: str, options: dict) -> dict:
+    """An oracle's options under this package's names."""
+    if name != "lamb":
+        return options
+    renamed = {k: v for k, v in options.items() if k not in ("max_norm", "clip_eps")}
+    return {**renamed, "clip_grad_norm": options["max_norm"]}
+
+
+def make_params() -> list[torch.nn.Parameter]:
+    gen = torch.Generator().manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float64)) for s in SHAPES]
+    params.append(torch.nn.Parameter(torch.zeros(6, dtype=torch.float64)))  # a zero norm at the first step
+    return params
+
+
+def set_grads(params, step: int) -> None:
+    """Gradients that depend on the parameters, so that errors feed back; one tensor's gradient vanishes at step 4."""
+    gen = torch.Generator().manual_seed(100 + step)
+    for i, p in enumerate(params):
+        noise = torch.randn(p.shape, generator=gen, dtype=torch.float64)
+        p.grad = (0.3 * p.detach() + noise) * (10.0 ** (i - 2))
+        if step == 4 and i == 1:
+            p.grad.zero_()
+
+
+def relative_error(a, b) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name, oracle, options", CASES)
+def test_reference_matches_oracle(name, oracle, options):
+    mine, theirs = make_params(), make_params()
+    start = [p.detach().clone() for p in mine]
+    opt = optimizers()[name](mine, backend="reference", **ours(name, options))
+    other = oracle(theirs, **options)
+    for step in range(STEPS):
+        set_grads(mine, step)
+        set_grads(theirs, step)
+        opt.step()
+        other.step()
+    for i, (a, b, p0) in enumerate(zip(mine, theirs, start, strict=True)):
+        moved = (b.detach() - p0).abs().max()
+        assert moved > 0, "the oracle did not move"
+        assert relative_error(a.detach() - p0, b.detach() - p0) <= 1e-9, f"tensor {i}"
+
+
+@pytest.mark.parametrize("name, oracle, options", [c for c in CASES if c.values[0] in ("adam", "adamw", "sgd")])
+def test_states_match_torch(name, oracle, options):
+    mine, theirs = make_params(), make_params()
+    opt, other = optimizers()[name](mine, backend="reference", **options), oracle(theirs, **options)
+    for step in range(STEPS):
+        set_grads(mine, step)
+        set_grads(theirs, step)
+        opt.step()
+        other.step()
+    for a, b in zip(mine, theirs, strict=True):
+        for key, value in other.state[b].items():
+            if value is None:
+                continue
+            mine_value = opt.state[a][key]
+            torch.testing.assert_close(mine_value.double(), value.double(), rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_every_rule_has_an_oracle():
+    """Fails for a registered rule or class that no case above steps."""
+    stepped = set()
+    for name, (_, cases) in ORACLES.items():
+        cls = optimizers()[name]
+        for options in cases:
+            opt = cls([torch.nn.Parameter(torch.zeros(1))], **ours(name, options))
+            stepped.add(cls.rule_for(opt.param_groups[0]).name)
+    assert set(list_rules()) == stepped, "add a case to ORACLES for each rule"
+    assert set(optimizers()) == set(ORACLES), "add each optimizer class to ORACLES"
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_transcription_matches_timm(name):
+    """The transcriptions themselves, against an implementation written by others."""
+    timm = pytest.importorskip(f"timm.optim.{name}", exc_type=ImportError)
+    if name == "lars":
+        names = {"trust_coefficient": "trust_coeff"}
+        cases = [o for o in LARS_CASES if not o.get("maximize")]
+        pairs = [(LARS, timm.Lars, o, {names.get(k, k): v for k, v in o.items()}) for o in cases]
+    else:
+        pairs = []
+        for o in LAMB_CASES:
+            if o.get("maximize") or o.get("clip_eps"):
+                continue
+            kept = {k: v for k, v in o.items() if k != "max_norm"}
+            pairs.append((LAMB, timm.Lamb, o, {**kept, "max_grad_norm": o["max_norm"]}))
+        pairs.append((LAMB, timm.Lamb, {"lr": 0.02}, {"lr": 0.02, "max_grad_norm": 1.0}))
+    for transcription, package, options, theirs in pairs:
+        a, b = make_params(), make_params()
+        one, two = transcription(a, **options), package(b, **theirs)
+        for step in range(STEPS):
+            set_grads(a, step)
+            set_grads(b, step)
+            one.step()
+            two.step()
+        for x, y in zip(a, b, strict=True):
+            assert relative_error(x.detach(), y.detach()) <= 1e-9, options
+
+
+def test_lion_sign_of_zero_is_zero():
+    """lion_pytorch takes sign_, for which sign(0) = 0: a parameter without gradient signal does not move."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = fusedopt.Lion([p], lr=0.1, backend="reference")
+    p.grad = torch.tensor([0.0, -1e-300, 2.0], dtype=torch.float64)
+    opt.step()
+    assert p.tolist() == [1.0, 1.1, 0.9]
+
+
+@pytest.mark.parametrize("rule", list_rules())
+def test_reference_keeps_its_arguments(rule):
+    """A reference body returns new tensors; drivers that probe (LAMB) call it twice with the same states."""
+    declared = get_rule(rule)
+    h = {"betas": (0.9, 0.99), "eps": 1e-6, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.1,
+         "trust_coefficient": 0.1, "trust_clip": False, "always_adapt": False, "bias_correction": True,
+         "grad_averaging": True, "lr": 0.1}  # fmt: skip
+    args = [torch.rand(9) + 0.5 for _ in range(2 + len(declared.states))]
+    before = [a.clone() for a in args]
+    declared.reference(*args, **declared.named_scalars(h, 3))
+    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))

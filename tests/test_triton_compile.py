@@ -1,0 +1,72 @@
+"""Resource gates of the Triton step kernel, compiled ahead of time: no spills, a register ceiling, 16-byte loads and stores.
+
+Compiling needs neither a GPU nor its driver, but no interpreter either: the gates run in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gates_triton"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def test_every_rule_compiles_for_every_target(rows):
+    from bench.gates_triton import CASES, TARGETS
+
+    from fusedopt.rule import list_rules
+
+    assert {case.rule for case in CASES} >= set(list_rules())
+    assert {(row["kernel"], row["target"]) for row in rows} == {(str(c), t) for c in CASES for t in TARGETS}
+
+
+def test_nothing_spills(rows):
+    spilled = {(row["kernel"], row["target"]): row["spills"] for row in rows if row["spills"]}
+    assert not spilled
+
+
+def test_registers_leave_room_for_two_programs(rows):
+    """128 registers of 256 threads are half an NVIDIA SM. Three int8 states and unaligned rows run one program."""
+    greedy = {
+        (row["kernel"], row["target"]): row["registers"]
+        for row in rows
+        if row["registers"] > (256 if row["target"].startswith("gfx") or "unaligned" in row["kernel"] or "amsgrad int8" in row["kernel"] else 128)
+    }
+    assert not greedy
+
+
+def test_wide_accesses(rows):
+    """On the path of full tiles a thread has 8 elements: one 16-byte access of a 16-bit stream, two of an fp32 stream, and
+    8 bytes of codes."""
+    narrow = [
+        (row["kernel"], row["target"], kind, width, count)
+        for row in rows
+        for kind in ("loads", "stores")
+        for width, count in row["needs"][kind].items()
+        if row[kind].get(width, 0) < count
+    ]
+    assert not narrow
+
+
+def test_codes_need_no_barrier(rows):
+    """A warp owns whole blocks of 256, so absmax, scales and random numbers stay in registers."""
+    for row in rows:
+        if "int8 p:bf16" in row["kernel"] and "unaligned" not in row["kernel"]:
+            assert row["barriers"] == 0, (row["kernel"], row["target"])
