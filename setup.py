@@ -1,8 +1,8 @@
-"""Builds the native parts with ninja: the CPU drivers wherever there is a C++ compiler, the CUDA driver where nvcc and a GPU are found.
+"""Builds the native parts with ninja: the CPU drivers, and the CUDA driver where nvcc and a GPU are found.
 
-Environment: FUSEDOPT_NATIVE=0 installs pure Python. FUSEDOPT_CUDA=1 forces the CUDA part (0 leaves it out), FUSEDOPT_CUDA_ARCHS="80;90"
-chooses its targets. CXX and CUDA_HOME name the compilers. A part that is not forced and cannot be built is left out with a warning.
-FUSEDOPT_NATIVE=1 forces the CPU part.
+Environment: FUSEDOPT_NATIVE=0 installs pure Python, 1 forces the CPU part. FUSEDOPT_CUDA=0 leaves the CUDA part out, 1
+forces it; FUSEDOPT_CUDA_ARCHS="80;90" chooses its targets. CXX and CUDA_HOME name the compilers. A part that is not
+forced and cannot be built is left out with a warning.
 """
 
 import os
@@ -22,8 +22,8 @@ import generate  # noqa: E402
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
-# Values are as written: no contraction (results are the same on every instruction set), no fast-math.
-KERNEL = "-fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -Wno-maybe-uninitialized"  # gcc 12 warns inside its own intrinsics
+# No contraction and no fast-math: all instruction sets give the same bits. gcc 12 warns inside its own intrinsics.
+KERNEL = "-fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -Wno-maybe-uninitialized"
 ISAS = {"baseline": ""}
 if X86:
     ISAS["avx2"] = "-mavx2 -mf16c"
@@ -38,7 +38,8 @@ def run(command, **options):
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{error}\n{getattr(error, 'stdout', None) or ''}{getattr(error, 'stderr', None) or ''}") from error
+        output = "".join(getattr(error, name, None) or "" for name in ("stdout", "stderr"))
+        raise BuildError(f"{error}\n{output}") from error
 
 
 def find_cxx():
@@ -138,7 +139,7 @@ def build_cpu(work, target):
 
 
 def build_cuda(work, target):
-    """One object per rule header and one per csrc/cuda/*.cu, each for all targets, with the CUDA runtime linked statically."""
+    """One object per rule header and csrc/cuda/*.cu, each for all targets; the CUDA runtime is linked statically."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("nvcc not found (CUDA_HOME, PATH, /usr/local/cuda)")

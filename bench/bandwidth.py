@@ -11,7 +11,6 @@ import time
 
 import torch
 
-MINIMUM = 64 << 20  # bytes of a buffer; smaller ones stay in cache
 STREAM_BLOCK = 1 << 18  # elements: four fp32 blocks are 4 MB
 
 
@@ -30,10 +29,10 @@ def bench_device(device: torch.device, work) -> float:
 
 
 class Probe:
-    """Buffers for the probes. copy() and stream() give bytes per second of one pass."""
+    """Buffers of `size` bytes for the probes. copy() and stream() give bytes per second of one pass."""
 
     def __init__(self, device: torch.device, size: int):
-        self.device, self.size = device, max(size, MINIMUM) if device.type == "cpu" else size
+        self.device, self.size = device, size
         self.source = torch.ones(self.size // 4, device=device)
         self.target = torch.zeros_like(self.source)
         self.tensors: list[tuple[torch.Tensor, ...]] = []

@@ -58,7 +58,7 @@ def one_large(layers: int) -> Shapes:
 
 
 def mixed(layers: int) -> Shapes:
-    """Per layer 4 matrices and 12 vectors of at most 2112 elements: biases, norms, layer scales, query and key norms."""
+    """Per layer 4 matrices and 12 vectors of at most 2112 elements: biases, norms, layer scales."""
     d = 528
     layer = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (3 * d,), (d,), (4 * d,), (d,)]
     return (layer + [(d,)] * 6 + [(66,)] * 2) * layers
@@ -114,7 +114,7 @@ DEFAULT = ("one_large", "mixed_400", "tiny_1000", "gpt2_124m", "gpt2_124m:bf16")
 
 
 def select(specs: list[str] | tuple[str, ...]) -> list[Case]:
-    """Cases for specs `GLOB[@LAYERS][:DTYPE]`, in order, without repetition. Raises ValueError for one that matches none."""
+    """Cases for specs `GLOB[@LAYERS][:DTYPE]`, in order, each once. Raises ValueError for one that matches none."""
     found: dict[str, Case] = {}
     for spec in specs:
         rest, _, dtype = spec.partition(":")

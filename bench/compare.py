@@ -1,7 +1,7 @@
 """Compares two result files: the change of every ratio, flagged where it is larger than the noise of both.
 
-Compared is the time relative to torch fused of the same rounds, or, where a result has no baseline, the inverse share of the
-copy bandwidth. A change is flagged when the quartile ranges do not overlap and it exceeds the threshold.
+Compared is the time relative to torch fused of the same rounds, or, where a result has no baseline, the inverse share
+of the copy bandwidth. A change is flagged when the quartile ranges do not overlap and it exceeds the threshold.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def compare(old: dict, new: dict, threshold: float = 0.05) -> list[dict]:
     """One row per (case, provider) of either file: status "same", "faster", "slower", "only old", "only new"."""
     sides = []
     for document in (old, new):
-        sides.append({
-            (case["case"], r["provider"]): r for case in document["cases"] for r in case["results"] if r["status"] == "ok"
-        })  # fmt: skip
+        found = [(case["case"], r) for case in document["cases"] for r in case["results"]]
+        sides.append({(name, r["provider"]): r for name, r in found if r["status"] == "ok"})
     rows = []
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         a, b = sides[0].get(key), sides[1].get(key)
@@ -47,7 +46,8 @@ def compare(old: dict, new: dict, threshold: float = 0.05) -> list[dict]:
         apart = y["q1"] > x["q3"] or y["q3"] < x["q1"]
         status = "same" if not apart or abs(change) < threshold else "slower" if change > 0 else "faster"
         metric = f"time / {a['ratio']['to']}" if relative else "byte limit / share"
-        rows.append({**row, "metric": metric, "old": x["median"], "new": y["median"], "change": change, "status": status})
+        values = {"old": x["median"], "new": y["median"], "change": change}
+        rows.append({**row, "metric": metric, **values, "status": status})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Gates that need no clock: registers, spills, access widths, launches per step and bytes per parameter against their limits.
+"""Gates that need no clock: registers, spills, access widths, launches per step and bytes per parameter.
 
 They are exact and repeatable, so they gate, which times on shared machines cannot. Exits non-zero when one falls short;
 what cannot be checked here is listed with the reason (and counts as a failure under --strict).
@@ -25,8 +25,8 @@ from fusedopt.rule import get_rule
 
 OK, FAIL, UNCHECKED = "ok", "FAIL", "not checked"
 PARTS = ("bytes", "launches", "cuda", "triton")
-# Registers of a thread: 65536 / 128 = 512 threads an SM (or 4 waves a SIMD), 64 KB of fp32 reads in flight, where an H200
-# needs 25 KB to reach its bandwidth.
+# Registers of a thread: 65536 / 128 = 512 threads an SM (or 4 waves a SIMD), 64 KB of fp32 reads in flight, where an
+# H200 needs 25 KB to reach its bandwidth.
 REGISTERS = 128
 
 # Bytes per parameter and step with fp32, bf16 and int8 states: each stream once per read and once per write.
@@ -82,13 +82,15 @@ def model(shapes, dtype: torch.dtype, device: torch.device) -> list[dict]:
 
 
 def available_backends(device: torch.device) -> dict[str, str | None]:
-    """Name: None, or why not. Interpreted Triton is left out: it tells nothing and takes minutes."""
+    """Name: None, or why not. Without interpreted Triton, which takes minutes, and the reference beside a faster one."""
     case = cases.Case("gates", ((64,),))
     out = {}
     for name in backend_names():
         out[name] = backend_why_not(name, "adamw", ("fp32", "fp32"), "nearest", case, device)
         if name == "triton" and device.type == "cpu":
             out[name] = "needs a GPU"
+    if sum(why is None for why in out.values()) > 1:
+        del out["reference"]
     return out
 
 
@@ -142,9 +144,8 @@ def bytes_gates(device: torch.device) -> list[Gate]:
     elements = 2 * 512 * 512
     for (rule, dtype), limits in LIMITS.items():
         for i, form in enumerate(FORMATS):
-            opt = fusedopt.create(
-                rule, model(shapes, dtype, device), lr=1e-4, state_format=form, clip_grad_norm=None, **OPTIONS.get(rule, {})
-            )  # fmt: skip
+            options = {"lr": 1e-4, "state_format": form, "clip_grad_norm": None, **OPTIONS.get(rule, {})}
+            opt = fusedopt.create(rule, model(shapes, dtype, device), **options)
             moved = opt.plan().bytes / elements
             held = fusedopt.state_bytes(opt) / elements
             bound = LAMB_PLAN[dtype][i] if rule == "lamb" else limits[i]
@@ -171,7 +172,7 @@ def _wide(counts: dict, bits: int) -> int:
 def resource_gates(part: str, row: dict, loads: tuple[int, int], stores: tuple[int, int]) -> list[Gate]:
     """Gates of one compiled kernel.
 
-    row: of gates_cuda.resources or gates_triton.resources. loads, stores: the fewest (16-byte, 8-byte or wider) accesses.
+    row: of gates_cuda.resources or gates_triton.resources. loads, stores: the fewest (16-byte, 8-byte) accesses.
     """
     what = f"{row['kernel']} {row.get('arch') or row.get('target')}"
     registers, spills = row["registers"], row["spills"]
@@ -189,19 +190,20 @@ def resource_gates(part: str, row: dict, loads: tuple[int, int], stores: tuple[i
 
 
 def _rule_name(functor: str) -> str:
-    """"AdamAmsgrad" -> "adam_amsgrad"."""
+    """ "AdamAmsgrad" -> "adam_amsgrad"."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in functor).lstrip("_")
 
 
 def cuda_gates(archs: list[str] | None) -> list[Gate]:
-    """A CUDA kernel serves every format and dtype of its rule: 8 values of a lane are two 16-byte accesses in fp32, one in
-    16 bits, one of 8 bytes in int8, for each stream."""
+    """A CUDA kernel serves every format and dtype of its rule: for each stream the 8 values of a lane are two 16-byte
+    accesses in fp32, one in 16 bits, one of 8 bytes in int8."""
     module = importlib.import_module("bench.gates_cuda")
     why = module.missing()
     if why is not None:
         return [Gate("cuda", "compiled kernels", "-", "-", UNCHECKED, why)]
+    chosen = module.ARCHS if archs is None else tuple(a for a in archs if a.startswith("sm_"))
     rows = []
-    for row in module.resources(tuple(archs or module.ARCHS)):
+    for row in module.resources(chosen):
         functor, _, probe = row["kernel"].partition(" ")
         loads = stores = (0, 0)
         if _rule_name(functor) in fusedopt.list_rules():
@@ -213,7 +215,7 @@ def cuda_gates(archs: list[str] | None) -> list[Gate]:
 
 
 def triton_gates(targets: list[str] | None) -> list[Gate]:
-    """A Triton kernel is compiled for its formats and dtypes: a 16-byte access for every stream, of int8 at least 8 bytes."""
+    """A Triton kernel is compiled for its formats and dtypes: 16-byte accesses for every stream, 8 for int8."""
     module = importlib.import_module("bench.gates_triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [Gate("triton", "compiled kernels", "-", "-", UNCHECKED, "TRITON_INTERPRET=1 is set: unset it")]
@@ -251,7 +253,8 @@ def check(parts=PARTS, device: torch.device | None = None, archs: list[str] | No
             rows.append(Gate(part, "compiled kernels", "-", "-", UNCHECKED, f"cannot import: {error}"))
         except Exception as error:  # a kernel that no longer compiles falls short; the other parts are still checked
             text = f"{type(error).__name__}: {error}"
-            rows.append(Gate(part, "all", "-", "-", FAIL, text if len(text) < 2000 else text[:1000] + " ... " + text[-1000:]))
+            text = text if len(text) < 2000 else text[:1000] + " ... " + text[-1000:]
+            rows.append(Gate(part, "all", "-", "-", FAIL, text))
     return rows
 
 

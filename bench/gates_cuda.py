@@ -89,14 +89,15 @@ def read_cubin(path: Path) -> list[dict]:
                 "stores": dict(widths["STG"]),
                 "instructions": sum(op not in ("NOP", "BRA") for op in ops),
                 "calls": sum(op.startswith("CALL") for op in ops),
+                "atomics": sorted({".".join(op.split(".")[:3]) for op in ops if op.startswith(("ATOM", "RED."))}),
             }
         )
     return rows
 
 
 def resources(archs=ARCHS, workers: int = 2) -> list[dict]:
-    """One dict per kernel and arch: kernel, arch, registers, spills (bytes of stack and local memory, plus local accesses),
-    shared (bytes), loads and stores ({bits: static count}), instructions (static), calls."""
+    """One dict per kernel and arch: kernel, arch, registers, spills (bytes of stack and local memory, plus local
+    accesses), shared (bytes), loads and stores ({bits: static count}), instructions (static), calls, atomics (kinds)."""
     out = simt.BUILD / "gates" / simt.digest(*archs, Path(__file__).read_text())
     cached = out / "resources.json"
     if cached.exists():

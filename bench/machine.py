@@ -110,7 +110,7 @@ def _status(field: str) -> int:
 
 
 class PeakMemory:
-    """Context that measures how far memory rises above its level at entry; `bytes` is None where that cannot be told."""
+    """Context that measures how far memory rises above its level at entry; `bytes` is None where it cannot tell."""
 
     def __init__(self, device: torch.device):
         self.device, self.bytes = device, None

@@ -1,4 +1,4 @@
-"""Charts of a result file, one PNG per question: share of the byte limit, time against torch fused, host time per tensor."""
+"""Charts of a result file, one PNG each: share of the byte limit, time against torch fused, host time per tensor."""
 
 from __future__ import annotations
 

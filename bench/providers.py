@@ -56,7 +56,7 @@ class Provider:
         return self.states * width * case.elements
 
     def step_bytes(self, case: Case, optimizer) -> float:
-        """Bytes a step must move: ours from the plan, others' as one read of p, g and states and one write of p and states.
+        """Bytes a step must move: ours from the plan, others' as a read of p, g and states and a write of p and states.
 
         LAMB adds the smaller of reading p and the states again, or storing the update and reading it and p.
         """
@@ -76,7 +76,8 @@ class Provider:
             try:
                 importlib.import_module(self.module)
             except Exception as error:  # rivals fail to import in many ways; all of them are a reason to skip
-                return f"cannot import {self.module}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                text = (str(error).splitlines() or [""])[0]
+                return f"cannot import {self.module}: {type(error).__name__}: {text}"
         if self.backend is not None:
             return backend_why_not(self.backend, self.rule, self.formats, self.precision, case, device)
         return None
@@ -169,7 +170,7 @@ PROVIDERS: dict[str, Provider] = {p.name: p for p in (*_ours(), *_rivals())}
 
 
 def baseline(rule: str) -> str:
-    """What the times of a rule are held against: torch's fused optimizer of that rule where there is one, else its AdamW."""
+    """What the times of a rule are held against: torch's fused optimizer of that rule, or its AdamW."""
     return f"torch/{rule}/fused" if f"torch/{rule}/fused" in PROVIDERS else "torch/adamw/fused"
 
 

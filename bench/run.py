@@ -1,8 +1,8 @@
-"""Measures cases x providers on the present device: interleaved rounds, medians, ratios to torch fused and to the byte limit.
+"""Measures cases x providers on the present device: interleaved rounds, ratios to torch fused and to the byte limit.
 
 Every round probes the copy bandwidth, then steps each provider once in rotating order with gradients of other addresses
-than before. Ratios are formed within a round and only then summarised, so that a slow spell of a shared machine hits both
-sides. share = (bytes a step must move / copy bandwidth of the same round) / time of the step.
+than before. Ratios are formed within a round and only then summarised, so that a slow spell of a shared machine hits
+both sides. share = (bytes a step must move / copy bandwidth of the same round) / time of the step.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="12, with --quick 5")
     parser.add_argument("--elements", type=int, metavar="N", help="shrink every case to at most N elements")
-    parser.add_argument("--probe-mb", type=int, metavar="MB", help="buffer of the bandwidth probes")
-    parser.add_argument("--quick", action="store_true", help="small cases and few rounds: to try the tool, not to quote")
+    parser.add_argument(
+        "--probe-mb", type=int, metavar="MB", help="buffer of the bandwidth probes, 64 at least to mean anything"
+    )
+    parser.add_argument("--quick", action="store_true", help="small cases, few rounds: to try the tool")
     parser.add_argument("--list", action="store_true", help="list cases and providers, measure nothing")
     parser.add_argument("--out", type=Path, help="a .json file or a folder; bench/results by default")
 
@@ -226,9 +228,7 @@ def run_group(case, device, group, sets, rounds, probe, tick) -> tuple[list[dict
     finally:
         gc.enable()
     by_name = {c.provider.name: c for c in contenders}
-    records += [
-        summary(c, by_name.get(providers.baseline(c.provider.rule)), case, copies, streams) for c in contenders
-    ]
+    records += [summary(c, by_name.get(providers.baseline(c.provider.rule)), case, copies, streams) for c in contenders]
     held = sum(p.state_bytes(case) + case.parameter_bytes for p in group)
     info = {
         "copy_gb_per_s": quartiles([c / 1e9 for c in copies]),
@@ -302,9 +302,8 @@ def measure(chosen_cases, chosen, device: torch.device, rounds: int, probe_bytes
 
 def table(record: dict, cache: int = 0) -> str:
     """A case as text."""
-    lines = [
-        f"{record['case']}: {record['tensors']} tensors, {record['elements'] / 1e6:.2f}M elements, {record['param_dtype']}"
-    ]
+    size = f"{record['tensors']} tensors, {record['elements'] / 1e6:.2f}M elements"
+    lines = [f"{record['case']}: {size}, {record['param_dtype']}"]
     for info in record["groups"]:
         stream = info["stream_gb_per_s"]
         also = "" if stream is None else f", in-place 4r3w stream {stream['median']:.1f} GB/s"

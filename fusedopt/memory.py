@@ -6,8 +6,10 @@ import torch
 
 
 def strides_match(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Same shape and the same place in memory for every index (strides of dimensions of size 1 do not matter)."""
-    return a.shape == b.shape and all(x == y for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n != 1)
+    """Same shape and the same place in memory for every index (strides of empty tensors and of size 1 are ignored)."""
+    if a.shape != b.shape:
+        return False
+    return not a.numel() or all(x == y for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n != 1)
 
 
 def _sorted_dims(t: torch.Tensor) -> list[tuple[int, int]]:

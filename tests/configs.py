@@ -35,7 +35,9 @@ class Config:
 CONFIGS = [
     Config("sgd", "sgd", {"lr": 0.02, "weight_decay": 0.01}, torch.optim.SGD),
     Config("sgd_momentum", "sgd", {"lr": 0.01, "momentum": 0.9, "dampening": 0.1}, torch.optim.SGD),
-    Config("sgd_nesterov", "sgd", {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, torch.optim.SGD),
+    Config(
+        "sgd_nesterov", "sgd", {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, torch.optim.SGD
+    ),
     Config("adam", "adam", {"lr": 0.02, "weight_decay": 0.1}, torch.optim.Adam),
     Config("adamw", "adamw", {"lr": 0.02, "weight_decay": 0.1}, torch.optim.AdamW),
     Config("adamw_amsgrad", "adamw", {"lr": 0.02, "amsgrad": True}, torch.optim.AdamW),
@@ -59,7 +61,7 @@ BACKENDS = ["reference", "cpu"] if native_cpu() else ["reference"]
 
 
 def backend_argument(backend: str | None) -> str | None:
-    """"cpu" is chosen automatically, so that fp64 parameters may take the reference; test_plan checks what is chosen."""
+    """Native steps are chosen automatically: fp64 parameters may take the reference. test_plan checks what is chosen."""
     return None if backend == "cpu" else backend
 
 

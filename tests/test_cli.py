@@ -1,5 +1,6 @@
 """The command line: estimate against numbers worked out by hand, doctor's verdicts, and a tiny demo."""
 
+import importlib.util
 import json
 import sys
 import types
@@ -11,24 +12,19 @@ import fusedopt
 from fusedopt.__main__ import COMMANDS, main
 from fusedopt.backends import select
 from fusedopt.backends.reference import ReferenceBackend
-from fusedopt.cli import UsageError, corpus, demo, doctor, estimate, parity, progress, training
+from fusedopt.cli import UsageError, corpus, demo, doctor, estimate, parity, progress, speed, training
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
+GROUPED = {**LLAMA_7B, "intermediate_size": 14336, "num_key_value_heads": 8}
 # (config, parameters as published with the model)
 CONFIGS = {
     "llama-7b": (LLAMA_7B, 6_738_415_616),
-    "llama-3-8b": ({**LLAMA_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}, 8_030_261_248),
-    "mistral-7b": (
-        {**LLAMA_7B, "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8},
-        7_241_732_096,
-    ),
-    "mixtral-8x7b": (
-        {**LLAMA_7B, "model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8},
-        46_702_792_704,
-    ),
+    "llama-3-8b": ({**GROUPED, "vocab_size": 128256}, 8_030_261_248),
+    "mistral-7b": ({**GROUPED, "model_type": "mistral"}, 7_241_732_096),
+    "mixtral-8x7b": ({**GROUPED, "model_type": "mixtral", "num_local_experts": 8}, 46_702_792_704),
     "qwen2-0.5b": (
         {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
          "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
@@ -45,7 +41,10 @@ CONFIGS = {
          "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000},
         2_506_172_416,
     ),
-    "gpt2": ({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}, 124_439_808),
+    "gpt2": (
+        {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257},
+        124_439_808,
+    ),
     "pythia-160m": (
         {"model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
          "vocab_size": 50304},
@@ -62,6 +61,15 @@ CONFIGS = {
         109_514_298,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads only make the tests slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def numbers(capsys, *arguments: str) -> dict:
@@ -141,8 +149,8 @@ def test_llama_bytes_by_hand(tmp_path, capsys):
 
 
 def test_dtypes_and_added_optimizers(capsys):
-    rows = by_name(numbers(capsys, "--params", "1M", "--param-dtype", "fp32", "--grad-dtype", "bf16", "--optim", "adam8bit"))
-    row = rows["adam8bit"]
+    dtypes = ["--param-dtype", "fp32", "--grad-dtype", "bf16"]
+    row = by_name(numbers(capsys, "--params", "1M", *dtypes, "--optim", "adam8bit"))["adam8bit"]
     assert (row["weights"], row["gradients"]) == (4_000_000, 2_000_000)
     assert row["states"] == 2 * (1_000_000 + 4 * -(-1_000_000 // 256))
 
@@ -230,18 +238,20 @@ def test_healthy(only, capsys):
 
 
 @pytest.mark.parametrize(("cls", "expected"), [(Lazy, "times its bound"), (Raising, "invalid device function")])
-def test_broken_backend(cls, expected, only, capsys):
+def test_broken_backend(cls, expected, only, capsys, monkeypatch):
     only(cls)
+    monkeypatch.setattr(doctor, "cases", lambda: parity.cases()[:2])
     assert main(["doctor", "--no-timing"]) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out and expected in out
 
 
-def test_backend_that_cannot_be_made(only, capsys):
+def test_backend_that_cannot_be_made(only, capsys, monkeypatch):
     def explode():
         raise OSError("libsick.so: undefined symbol")
 
     only(explode)
+    monkeypatch.setattr(doctor, "cases", lambda: parity.cases()[:1])
     assert main(["doctor", "--no-timing", "--json", "-"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert any("undefined symbol" in text for text in found["problems"])
@@ -254,6 +264,26 @@ def test_unknown_requested_backend(only, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "parity", lambda out: None)
     assert main(["doctor", "--no-timing"]) == 1
     assert "FUSEDOPT_BACKEND=cuda12" in capsys.readouterr().out
+
+
+def test_requested_backend_that_cannot_run(only, monkeypatch, capsys):
+    class Absent(ReferenceBackend):
+        def supports(self, key):
+            return "needs hardware of tomorrow"
+
+    only(Absent)
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "sick")
+    monkeypatch.setattr(doctor, "cases", lambda: parity.cases()[:1])
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "needs hardware of tomorrow" in out and "cannot run on any device" in out
+
+
+def test_timing_of_a_step(monkeypatch):
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
+    found = speed.time_step("adamw", torch.device("cpu"), bandwidth=28e9)
+    assert found.backend == "reference" and found.seconds > 0
+    assert found.limit == pytest.approx(found.numel / 1e9)
 
 
 # demo
@@ -281,7 +311,7 @@ def test_tiny_demo(text, tmp_path, capsys, monkeypatch):
     torch.testing.assert_close(runs["adamw"]["losses"], runs[training.TORCH]["losses"], rtol=1e-5, atol=0)
     assert runs["adamw8bit"]["state_bytes"] < 0.5 * runs["adamw"]["state_bytes"]
     assert all(r["label"] in printed for r in runs.values())
-    if "matplotlib" in sys.modules:
+    if importlib.util.find_spec("matplotlib"):
         assert out.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,4 +1,4 @@
-"""The native CPU driver: against the fp64 reference, and bit for bit across instruction sets, threads, chunks and alignment."""
+"""The native CPU driver: right by the fp64 reference, same bits for every instruction set, thread count, chunk."""
 
 import struct
 from dataclasses import replace
@@ -63,7 +63,7 @@ def decode(codes, scales, signed, isa):
 
 
 def hard_values(signed):
-    """Values of absmax 1 around every boundary of the codec: midpoints, map values, powers of two and of ten, 4 ulp each way."""
+    """Blocks of absmax 1 with the 4 neighbours of each midpoint, map value, power of two and power of ten."""
     table = dynamic_map(signed)
     points = torch.cat([table, (table[:-1] + table[1:]) / 2, 2.0 ** -torch.arange(32), 10.0 ** -torch.arange(12)])
     bits = points.double().abs().float().view(torch.int32)[:, None] + torch.arange(-4, 5, dtype=torch.int32)
@@ -84,7 +84,9 @@ def spread(n, signed, seed=0):
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("isa", ISAS)
 def test_codec_is_the_baseline_bit_for_bit(isa, signed):
-    hostile = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-40, 1.2e-38, 3e38, 1.0] * 30)
+    hostile = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-40, 1.2e-38, 3e38, 1.0] * 30
+    )
     cases = [hard_values(signed), spread(1 << 18, signed), hostile[:256], hostile[3:10].repeat(40), torch.zeros(300)]
     cases += [spread(n, signed, n) for n in TAILS] + [torch.full((256,), 1e-39), torch.full((256,), 2e-38)]
     for x in cases:
@@ -106,7 +108,10 @@ def test_codec_is_the_table(signed):
         all_codes = torch.arange(256, dtype=torch.uint8)
         one = torch.ones(1)
         torch.testing.assert_close(
-            decode(all_codes, one, signed, ISAS[-1]), INT8.decode(all_codes, one, signed, torch.float32), rtol=4e-7, atol=0
+            decode(all_codes, one, signed, ISAS[-1]),
+            INT8.decode(all_codes, one, signed, torch.float32),
+            rtol=4e-7,
+            atol=0,
         )
 
 
@@ -125,7 +130,9 @@ def test_step(rule, form, dtype, precision, threads):
     """One thread, small chunks, baseline code: right. Everything else: the same bits."""
 
     def problem(**changes):
-        return make_problem(rule, NUMELS, param_dtype=dtype, grad_dtype=dtype, formats=form, precision=precision, **changes)
+        return make_problem(
+            rule, NUMELS, param_dtype=dtype, grad_dtype=dtype, formats=form, precision=precision, **changes
+        )
 
     threads(1)
     if precision == "nearest":
@@ -148,7 +155,13 @@ def test_step(rule, form, dtype, precision, threads):
 @pytest.mark.parametrize("param_dtype", DTYPES)
 def test_dtype_pairs(param_dtype, grad_dtype):
     problem = make_problem(
-        "adam", param_dtype=param_dtype, grad_dtype=grad_dtype, formats=("int8", "fp32"), maximize=True, grad_scale=8.0, max_norm=2.0
+        "adam",
+        param_dtype=param_dtype,
+        grad_dtype=grad_dtype,
+        formats=("int8", "fp32"),
+        maximize=True,
+        grad_scale=8.0,
+        max_norm=2.0,
     )
     exact = oracle(problem, clip=True)
     run(problem, clip=True)
@@ -219,7 +232,12 @@ def test_stochastic_rounding_is_the_reference_bit_for_bit(isa, dtype):
     """SGD without decay is p - lr g in fp32, which torch reproduces exactly; values down to fp16 subnormals."""
     changes = {"weight_decay": 0.0, "lr": 0.25}
     problem = make_problem(
-        "sgd", NUMELS, param_dtype=dtype, precision="stochastic", hyper_changes=changes, grad_values=lambda g, i: g * 10.0 ** (-i)
+        "sgd",
+        NUMELS,
+        param_dtype=dtype,
+        precision="stochastic",
+        hyper_changes=changes,
+        grad_values=lambda g, i: g * 10.0 ** (-i),
     )
     for item in problem.work.items[3:]:
         item.param.mul_(1e-6)

@@ -1,4 +1,4 @@
-"""State formats: the 8-bit maps against their definition and bitsandbytes, nearest codes, error bounds, non-finite and tiny blocks."""
+"""State formats: the 8-bit maps against their definition, nearest codes, error bounds, non-finite and tiny blocks."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def per_element(scale, n):
 @given(values=hs.lists(FLOATS, min_size=1, max_size=40), repeat=hs.integers(1, 20))
 @settings(max_examples=150, deadline=None)
 def test_error_bound_and_nearest_code(signed, values, repeat):
-    """|decode(encode(x)) - x| <= rel |x| + abs absmax, and no other code is nearer (code 0 of a second moment is reserved)."""
+    """|decode(encode(x)) - x| <= rel |x| + abs absmax, and no other code is nearer (a second moment never takes 0)."""
     x = torch.tensor(values * repeat, dtype=torch.float32)
     x = x if signed else x.abs()
     codes, scale = encoded(x, signed)
@@ -242,7 +242,7 @@ def adversarial_gradients(kind: str, step: int, gen) -> torch.Tensor:
 @each_backend
 @pytest.mark.parametrize("kind", ["decades", "outliers", "fading", "sparse"])
 def test_requantised_second_moments_keep_updates_bounded(kind, backend):
-    """|update| of int8 AdamW stays below 2 lr, or below 2 of the fp32 step's own largest update where that is larger."""
+    """|update| of int8 AdamW stays below 2 lr, or twice the fp32 step's own largest update where that is larger."""
     lr = 1e-3
     coarse, exact = torch.nn.Parameter(torch.zeros(4096)), torch.nn.Parameter(torch.zeros(4096))
     named = {"backend": None if backend == "cpu" else backend, "lr": lr, "weight_decay": 0.0, "eps": 1e-30}

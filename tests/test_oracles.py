@@ -1,4 +1,4 @@
-"""Every rule's reference in float64 against an independent implementation: torch.optim, lion_pytorch, or the papers' equations."""
+"""Every rule's reference in float64 against an independent one: torch.optim, lion_pytorch, or the papers' equations."""
 
 import itertools
 

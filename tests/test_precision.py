@@ -174,12 +174,14 @@ def test_same_seed_same_bits_other_seed_other_bits(config, dtype, backend):
 
 @each_backend
 def test_randomness_is_keyed_by_position_and_step(backend):
-    """The same values at another position or step round otherwise; the bits do not depend on grouping or other tensors."""
+    """The same values at another position or step round otherwise; the bits do not depend on the grouping."""
     values = parameters((5000,), dtype=torch.bfloat16)[0].detach()
 
     def run(build, steps=1):
         params = [torch.nn.Parameter(values.clone()) for _ in range(3)]
-        opt = fusedopt.SGD(build(params), lr=0.01, param_precision="stochastic", backend=None if backend == "cpu" else backend)
+        opt = fusedopt.SGD(
+            build(params), lr=0.01, param_precision="stochastic", backend=None if backend == "cpu" else backend
+        )
         history = []
         for _ in range(steps):
             for p in params:
@@ -226,7 +228,9 @@ def test_small_updates_are_not_lost(backend):
     results = {}
     for precision in ("nearest", "stochastic"):
         p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
-        opt = fusedopt.SGD([p], lr=2.0**-7 / 50, param_precision=precision, backend=None if backend == "cpu" else backend)
+        opt = fusedopt.SGD(
+            [p], lr=2.0**-7 / 50, param_precision=precision, backend=None if backend == "cpu" else backend
+        )
         p.grad = -torch.ones_like(p)
         for _ in range(1000):
             opt.step()

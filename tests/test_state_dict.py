@@ -40,7 +40,8 @@ def saved_and_loaded(state_dict: dict) -> dict:
 @FORMS
 @pytest.mark.parametrize(
     "dtype, precision",
-    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.float16, "stochastic")],
+    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"),
+     (torch.float16, "stochastic")],
     ids=["fp32", "bf16", "bf16-stochastic", "fp16-stochastic"],
 )  # fmt: skip
 def test_resume_is_bit_exact(config, form, dtype, precision, backend):
@@ -68,7 +69,11 @@ def test_states_keep_their_dtype(config, dtype):
     before = {k: (v.dtype, v.clone()) for k, v in opt.state[params[0]].items()}
     opt.load_state_dict(opt.state_dict())
     for key, value in opt.state[params[0]].items():
-        assert value.dtype == before[key][0] == (torch.float64 if dtype == torch.float64 and key != "step" else torch.float32)
+        assert (
+            value.dtype
+            == before[key][0]
+            == (torch.float64 if dtype == torch.float64 and key != "step" else torch.float32)
+        )
         assert torch.equal(value, before[key][1])
 
 
@@ -179,7 +184,7 @@ def test_conversion_on_load(config, source, target, backend):
 
 @each_config(WITH_STATES)
 def test_conversion_keeps_the_layout_of_a_transposed_parameter(config):
-    """A contiguous parameter's int8 states loaded for a transposed one: blocks follow memory order and are made anew."""
+    """A contiguous parameter's int8 states loaded for a transposed one: blocks follow memory order, made anew."""
     values = torch.randn(64, 90)
     straight, turned = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.t().contiguous().t())
     options = {"state_format": "int8", "backend": "reference"}
@@ -237,7 +242,9 @@ def test_truncated_or_missing_scales_are_refused(config):
         d["state"][0][name] = d["state"][0][name][:-1]
 
     assert_refused(config, truncate, r"parameter 0 \(shape \(40, 130\).*needs 21 scales")
-    assert_refused(config, lambda d: d["state"][0].pop(first_state(config, d) + "_scale"), r"parameter 0.*needs 21 scales")
+    assert_refused(
+        config, lambda d: d["state"][0].pop(first_state(config, d) + "_scale"), r"parameter 0.*needs 21 scales"
+    )
 
 
 @each_config(WITH_STATES)

@@ -12,57 +12,67 @@
 
 namespace fo {
 
-template <bool Signed>
-static void decode_block(const uint8_t* __restrict codes, float scale, int n, float* __restrict values) {
-  const Decoder<Signed> decoder(scale);
+// Calls run(in, out) for whole vectors, then for the rest in buffers: nothing beyond the n elements is touched.
+template <class In, class Out, class Run>
+static FO_HD void for_lanes(const In* in, Out* out, int n, Run&& run) {
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) decoder.run(codes + i, values + i);
+  for (; i + kLanes <= n; i += kLanes) run(in + i, out + i);
   if (i == n) return;
-  uint8_t in[kLanes] = {};
-  float out[kLanes];
-  std::memcpy(in, codes + i, size_t(n - i));
-  decoder.run(in, out);
-  std::memcpy(values + i, out, size_t(n - i) * sizeof(float));
+  In in_tail[kLanes] = {};
+  Out out_tail[kLanes];
+  std::memcpy(in_tail, in + i, size_t(n - i) * sizeof(In));
+  run(in_tail, out_tail);
+  std::memcpy(out + i, out_tail, size_t(n - i) * sizeof(Out));
 }
 
 template <bool Signed>
-static void encode_values(const float* __restrict values, float inverse, int n, uint8_t* __restrict codes) {
-  const Encoder<Signed> encoder(inverse);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) encoder.run(values + i, codes + i);
-  if (i == n) return;
-  float in[kLanes] = {};
-  uint8_t out[kLanes];
-  std::memcpy(in, values + i, size_t(n - i) * sizeof(float));
-  encoder.run(in, out);
-  std::memcpy(codes + i, out, size_t(n - i));
-}
-
-template <bool Signed>
-static float encode_block(const float* __restrict values, int n, uint8_t* __restrict codes) {
-  uint32_t largest = 0;
-  for (int i = 0; i < n; ++i) {
-    uint32_t m = magnitude(values[i]);
-    largest = m > largest ? m : largest;
+static void decode_blocks(const uint8_t* __restrict codes, const float* __restrict scales, int64_t n, float* __restrict values) {
+  const Decoder<Signed> decoder;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const float scale = scales[i / kBlock];
+    for_lanes(codes + i, values + i, int(n - i < kBlock ? n - i : kBlock),
+              [&](const uint8_t* in, float* out) __attribute__((always_inline)) { decoder.run(in, scale, out); });
   }
-  const float scale = block_scale(largest), inverse = inverse_scale(scale);
-  if (!Signed && !(inverse > 0.f)) std::memset(codes, 0, size_t(n));  // the lanes leave this case out
-  else encode_values<Signed>(values, inverse, n, codes);
-  return scale;
+}
+
+// Scales of all blocks first: their reductions and divisions then overlap instead of delaying each block's codes.
+template <bool Signed>
+static void encode_tile(const float* __restrict values, int n, uint8_t* __restrict codes, float* __restrict scales) {
+  float inverse[kTile / kBlock];
+  for (int i = 0; i < n; i += kBlock) {
+    const int count = n - i < kBlock ? n - i : kBlock;
+    uint32_t largest = 0;
+    for (int k = 0; k < count; ++k) {
+      const uint32_t m = magnitude(values[i + k]);
+      largest = m > largest ? m : largest;
+    }
+    const float scale = block_scale(largest);
+    scales[i / kBlock] = scale;
+    inverse[i / kBlock] = inverse_scale(scale);
+  }
+  const Encoder<Signed> encoder;
+  for (int i = 0; i < n; i += kBlock) {
+    const int count = n - i < kBlock ? n - i : kBlock;
+    const float factor = inverse[i / kBlock];
+    if (!Signed && !(factor > 0.f)) {  // the lanes leave this case out
+      std::memset(codes + i, 0, size_t(count));
+    } else {
+      for_lanes(values + i, codes + i, count,
+                [&](const float* in, uint8_t* out) __attribute__((always_inline)) { encoder.run(in, factor, out); });
+    }
+  }
 }
 
 void decode_int8(const uint8_t* codes, const float* scales, int64_t n, bool is_signed, float* values) {
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int count = int(n - i < kBlock ? n - i : kBlock);
-    if (is_signed) decode_block<true>(codes + i, scales[i / kBlock], count, values + i);
-    else decode_block<false>(codes + i, scales[i / kBlock], count, values + i);
-  }
+  if (is_signed) decode_blocks<true>(codes, scales, n, values);
+  else decode_blocks<false>(codes, scales, n, values);
 }
 
 void encode_int8(const float* values, int64_t n, bool is_signed, uint8_t* codes, float* scales) {
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int count = int(n - i < kBlock ? n - i : kBlock);
-    scales[i / kBlock] = is_signed ? encode_block<true>(values + i, count, codes + i) : encode_block<false>(values + i, count, codes + i);
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int count = int(n - i < kTile ? n - i : kTile);
+    if (is_signed) encode_tile<true>(values + i, count, codes + i, scales + i / kBlock);
+    else encode_tile<false>(values + i, count, codes + i, scales + i / kBlock);
   }
 }
 

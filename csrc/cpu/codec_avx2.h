@@ -14,11 +14,9 @@ FO_HD __m256 lookup8(__m256 table, __m256i index) { return _mm256_permutevar8x32
 template <bool Signed>
 struct Decoder {
   static constexpr Int8Map map = make_int8_map(Signed);
-  __m256 base = _mm256_loadu_ps(map.base), step = _mm256_loadu_ps(map.step), scale;
+  __m256 base = _mm256_loadu_ps(map.base), step = _mm256_loadu_ps(map.step);
 
-  explicit Decoder(float block_scale) : scale(_mm256_set1_ps(block_scale)) {}
-
-  FO_HD void run(const uint8_t* codes, float* values) const {
+  FO_HD void run(const uint8_t* codes, float scale, float* values) const {
     const __m256 sign = _mm256_set1_ps(-0.f);
     __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     __m256 whole = _mm256_cvtepi32_ps(_mm256_add_epi32(code, _mm256_set1_epi32(Signed ? -127 : 1)));
@@ -30,7 +28,7 @@ struct Decoder {
     __m256i zero = _mm256_cmpeq_epi32(code, _mm256_set1_epi32(Signed ? 127 : 0));
     value = _mm256_andnot_ps(_mm256_castsi256_ps(zero), value);
     if (Signed) value = _mm256_or_ps(value, _mm256_and_ps(whole, sign));
-    _mm256_storeu_ps(values, _mm256_mul_ps(value, scale));
+    _mm256_storeu_ps(values, _mm256_mul_ps(value, _mm256_set1_ps(scale)));
   }
 };
 
@@ -45,15 +43,13 @@ struct Encoder {
   }
   static constexpr Last lasts = make();
   __m256 low = _mm256_loadu_ps(map.low), inverse = _mm256_loadu_ps(map.inverse), threshold = _mm256_loadu_ps(map.threshold);
-  __m256 last = _mm256_loadu_ps(lasts.value), scale;
+  __m256 last = _mm256_loadu_ps(lasts.value);
 
-  explicit Encoder(float inverse_scale) : scale(_mm256_set1_ps(inverse_scale)) {}
-
-  FO_HD void run(const float* values, uint8_t* codes) const {
+  FO_HD void run(const float* values, float inverse_scale, uint8_t* codes) const {
     const __m256 sign = _mm256_set1_ps(-0.f);
     const __m256i zero = _mm256_setzero_si256(), one = _mm256_set1_epi32(1);
     __m256 x = _mm256_loadu_ps(values), magnitude = _mm256_andnot_ps(sign, x);
-    __m256 y = _mm256_min_ps(_mm256_mul_ps(magnitude, scale), _mm256_set1_ps(1.f));  // NaN gives the second operand
+    __m256 y = _mm256_min_ps(_mm256_mul_ps(magnitude, _mm256_set1_ps(inverse_scale)), _mm256_set1_ps(1.f));  // NaN gives the second operand
     if (!Signed) y = _mm256_max_ps(y, _mm256_set1_ps(map.low[0]));                   // below the first value: that value
     __m256i e = _mm256_srli_epi32(_mm256_castps_si256(y), 23);
     __m256i t = _mm256_add_epi32(_mm256_add_epi32(_mm256_slli_epi32(e, 2), e),

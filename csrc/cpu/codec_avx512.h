@@ -24,11 +24,9 @@ struct Decoder {
     return tables;  // unsigned code 0 is k = 1, in entry 15, which stays 0
   }
   static constexpr Tables tables = make();
-  __m512 base = _mm512_loadu_ps(tables.base), step = _mm512_loadu_ps(tables.step), scale;
+  __m512 base = _mm512_loadu_ps(tables.base), step = _mm512_loadu_ps(tables.step);
 
-  explicit Decoder(float block_scale) : scale(_mm512_set1_ps(block_scale)) {}
-
-  FO_HD void run(const uint8_t* codes, float* values) const {
+  FO_HD void run(const uint8_t* codes, float scale, float* values) const {
     __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     __m512i k = _mm512_add_epi32(code, _mm512_set1_epi32(Signed ? -127 : 1));
     __m512 whole = _mm512_cvtepi32_ps(k), kf = Signed ? _mm512_abs_ps(whole) : whole;
@@ -42,7 +40,7 @@ struct Decoder {
     } else {
       value = _mm512_add_ps(start, ramp);
     }
-    _mm512_storeu_ps(values, _mm512_mul_ps(value, scale));
+    _mm512_storeu_ps(values, _mm512_mul_ps(value, _mm512_set1_ps(scale)));
   }
 };
 
@@ -77,15 +75,11 @@ struct Encoder {
     FO_HD __m512 operator[](__m512i index) const { return _mm512_permutex2var_ps(head, index, tail); }
   };
   Table boundary{tables.boundary}, low{tables.low}, inverse{tables.inverse}, last{tables.last};
-  __m512 scale;
-
-  explicit Encoder(float inverse_scale) : scale(_mm512_set1_ps(inverse_scale)) {}
-
-  FO_HD void run(const float* values, uint8_t* codes) const {
+  FO_HD void run(const float* values, float inverse_scale, uint8_t* codes) const {
     // Unsigned: y below the first value is that value. Signed: 2^-24 is below the smallest boundary, where k = 0.
     const __m512 smallest = _mm512_set1_ps(Signed ? 5.9604644775390625e-8f : make_int8_map(false).low[0]);
     __m512 x = _mm512_loadu_ps(values), magnitude = _mm512_abs_ps(x);
-    __m512 y = _mm512_min_ps(_mm512_mul_ps(magnitude, scale), _mm512_set1_ps(1.f));  // NaN gives the second operand
+    __m512 y = _mm512_min_ps(_mm512_mul_ps(magnitude, _mm512_set1_ps(inverse_scale)), _mm512_set1_ps(1.f));  // NaN gives the second operand
     y = _mm512_max_ps(y, smallest);
     __m512i e = _mm512_srli_epi32(_mm512_castps_si512(y), 23);
     e = _mm512_mask_sub_epi32(e, _mm512_cmp_ps_mask(y, boundary[e], _CMP_LT_OQ), e, _mm512_set1_epi32(1));

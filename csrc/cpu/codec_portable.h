@@ -9,17 +9,13 @@ constexpr int kLanes = 1;
 template <bool Signed>
 struct Decoder {
   static constexpr Int8Map map = make_int8_map(Signed);
-  float scale;
-  explicit Decoder(float block_scale) : scale(block_scale) {}
-  FO_HD void run(const uint8_t* code, float* value) const { *value = int8_decode<Signed>(*code, scale, map); }
+  FO_HD void run(const uint8_t* code, float scale, float* value) const { *value = int8_decode<Signed>(*code, scale, map); }
 };
 
 template <bool Signed>
 struct Encoder {
   static constexpr Int8Map map = make_int8_map(Signed);
-  float inverse;
-  explicit Encoder(float inverse_scale) : inverse(inverse_scale) {}
-  FO_HD void run(const float* value, uint8_t* code) const { *code = int8_encode<Signed>(*value, inverse, map); }
+  FO_HD void run(const float* value, float inverse, uint8_t* code) const { *code = int8_encode<Signed>(*value, inverse, map); }
 };
 
 }  // namespace fo

@@ -95,7 +95,7 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   }
 }
 
-// kFused, kProbe and kApply; kNorm is common.cpp's.
+// kFused, kProbe and kApply; kNorm is reduce.cpp's.
 template <class Rule>
 static void step(const Launch& launch) {
   if (launch.found_inf && *launch.found_inf != 0.f) return;

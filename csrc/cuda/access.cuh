@@ -167,9 +167,21 @@ FO_DEV Octet narrow_stochastic(const float (&v)[kOctet], int dtype, const Random
 #pragma unroll
     for (int i = 0; i < kOctet; i += 2) o.word[i / 2] = pack_bf16_stochastic(v[i], v[i + 1], r.word[i / 2]);
   } else {
+    // One pair at a time, the octet rotating: unrolled, the long fp16 rounding would set the registers of the whole kernel.
+    Random8 left = r;
+    float x[kOctet];
 #pragma unroll
-    for (int i = 0; i < kOctet; i += 2)
-      o.word[i / 2] = float_to_f16_stochastic(v[i], uniform16(r, i)) | uint32_t(float_to_f16_stochastic(v[i + 1], uniform16(r, i + 1))) << 16;
+    for (int i = 0; i < kOctet; ++i) x[i] = v[i];
+#pragma unroll 1
+    for (int pair = 0; pair < kOctet / 2; ++pair) {
+      const uint32_t random = left.word[0];
+      const uint32_t done = float_to_f16_stochastic(x[0], random & 0xFFFFu) | uint32_t(float_to_f16_stochastic(x[1], random >> 16)) << 16;
+#pragma unroll
+      for (int i = 0; i + 2 < kOctet; ++i) x[i] = x[i + 2];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) left.word[i] = left.word[i + 1], o.word[i] = o.word[i + 1];
+      o.word[3] = done;
+    }
   }
   return o;
 }

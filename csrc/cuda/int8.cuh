@@ -17,6 +17,8 @@ struct alignas(2048) Int8Tables {     // aligned, so that an address is base | o
   uint32_t boundary_unsigned[256];    // by exponent of y
   Line encode_signed[16], encode_unsigned[16];  // A, B by decade
   Line decode_signed[16], decode_unsigned[16];  // P, Q by the low 4 bits of e: all that occur differ
+  // 2^23 as bits. Were it visible to ptxas, it would take the immediate field of the byte permutations and each selector a register.
+  uint32_t two_to_23[4];
 };
 
 constexpr uint32_t kDecadeBits = 0x78, kOctaveBits = 0x3FC, kSignedOctaveBits = 0x7FC;
@@ -41,6 +43,7 @@ constexpr Line decode_line(double n, double scale) {
 
 constexpr Int8Tables make_int8_tables() {
   Int8Tables t{};
+  t.two_to_23[0] = 0x4B000000u;
   // Decades of the signed map: the value 0; 1, 2, .. 64 values; the value 1. Unsigned: the value 0; what lies below the first decade and
   // still is not 0; 2, 4, .. 128 values; the value 1. Constants between two integers leave room for rounding.
   double edges_signed[8] = {}, edges_unsigned[8] = {};
@@ -105,9 +108,13 @@ struct Int8View {
 #endif
 };
 
+// prmt: a nibble of the selector names a byte of (a, b); with its top bit set, that byte's sign fills the result's
+// (the intrinsic __byte_perm drops that bit).
 FO_DEV uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, selector);
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+  return out;
 #else
   uint64_t pair = uint64_t(b) << 32 | a;
   uint32_t out = 0;
@@ -117,15 +124,6 @@ FO_DEV uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return out;
 #endif
-}
-
-// 2^23 as bits; out of ptxas's sight, which would otherwise put it into the immediate field and each byte selector into a register.
-FO_DEV uint32_t two_to_23() {
-  uint32_t x = 0x4B000000u;
-#if defined(__CUDA_ARCH__)
-  asm("mov.b32 %0, 0x4B000000;" : "=r"(x));
-#endif
-  return x;
 }
 
 // Low byte: trunc(q + whole), 0 <= q + whole < 256.
@@ -160,10 +158,10 @@ FO_DEV float reciprocal(float x) {
 template <bool Signed>
 FO_DEV void int8_decode8(float (&v)[kOctet], const Octet& o, float scale, const Int8View& t) {
   constexpr size_t kTable = Signed ? offsetof(Int8Tables, decode_signed) : offsetof(Int8Tables, decode_unsigned);
-  const uint32_t magic = two_to_23();
+  const uint32_t two_to_23 = t.word<offsetof(Int8Tables, two_to_23)>(t.base);
 #pragma unroll
   for (int i = kOctet - 1; i >= 0; --i) {
-    float code = from_bits(select_bytes(o.word[i / 4], magic, 0x7440u | (i & 3)));  // 2^23 + code
+    float code = from_bits(select_bytes(o.word[i / 4], two_to_23, 0x7440u | (i & 3)));  // 2^23 + code
     float k4 = fmaf(code, 4.f, Signed ? -33554432.f - 508.f : -33554432.f + 4.f);   // exact: 4 (code - 127), or 4 (code + 1)
     Line line = t.line<kTable>(((bits(k4) >> 20) & kDecadeBits) | t.base);
     float value = fmaf(fabsf(k4), line.slope, line.offset) * scale;

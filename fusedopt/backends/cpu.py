@@ -26,7 +26,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 class CpuBackend:
-    """Runs on the threads of `torch.get_num_threads()`. FUSEDOPT_CPU_ISA=baseline, avx2 or avx512 chooses the instruction set."""
+    """Runs on `torch.get_num_threads()` threads.
+
+    FUSEDOPT_CPU_ISA=baseline, avx2 or avx512 chooses the instruction set; results do not depend on it.
+    """
 
     name = "cpu"
 
@@ -37,9 +40,9 @@ class CpuBackend:
 
     def _load(self, isa: str | None) -> str | None:
         if native is None:
-            return f"the native CPU module is not installed ({_import_error}); reinstall fusedopt with a C++ compiler"
+            return f"its native module is not installed ({_import_error}). Reinstall fusedopt with a C++ compiler"
         if native.launch_bytes() != abi.LAUNCH_BYTES:
-            return f"the native CPU module takes {native.launch_bytes()}-byte launches, this fusedopt packs {abi.LAUNCH_BYTES}: reinstall it"
+            return "its native module was built from another version of fusedopt. Reinstall fusedopt"
         usable = dict(native.isa())
         if isa is not None and isa not in usable:
             return f"instruction set {isa!r} (FUSEDOPT_CPU_ISA) is not one of {', '.join(usable)}"
@@ -69,11 +72,11 @@ class CpuBackend:
         if key.precision not in PRECISIONS:
             return f"it has no param_precision {key.precision!r}; it has {', '.join(PRECISIONS)}"
         if key.rule not in self._rules:
-            return "the native CPU module was built without this rule; reinstall fusedopt"
+            return "its native module was built without this rule. Reinstall fusedopt"
         rule = get_rule(key.rule)
         _, states, scalars, trust_on = self._rules[key.rule]
         if (states, scalars, trust_on) != (rule.state_names, rule.scalar_names, rule.trust_on):
-            return "the native CPU module was built from another version of this rule; reinstall fusedopt"
+            return "its native module was built from another version of this rule. Reinstall fusedopt"
         return None
 
     def units(self, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -21,7 +21,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
@@ -53,12 +53,12 @@ class CudaBackend:
             try:
                 from fusedopt import _native_cuda
             except ImportError as error:
-                return f"the native CUDA module is not installed ({error}); reinstall fusedopt with nvcc and FUSEDOPT_CUDA=1"
+                return f"its native module is not installed ({error}); reinstall fusedopt with nvcc and FUSEDOPT_CUDA=1"
             if not torch.cuda.is_available():
                 return "torch finds no CUDA device"
             self._library = _native_cuda
-        if self._library.launch_bytes() != abi.LAUNCH_BYTES:
-            return f"the native CUDA module takes {self._library.launch_bytes()}-byte launches, this fusedopt packs {abi.LAUNCH_BYTES}: reinstall it"
+        if (size := self._library.launch_bytes()) != abi.LAUNCH_BYTES:
+            return f"its native module takes launches of {size} bytes, not {abi.LAUNCH_BYTES}; reinstall fusedopt"
         for i, (name, states, scalars, trust_on) in enumerate(self._library.describe()):
             self._rules[name] = i, _names(states), _names(scalars), TRUST[trust_on]
         return None
@@ -104,6 +104,8 @@ class CudaBackend:
         state = (addresses, work.phase, work.max_norm, work.total_index, work.total_count)
         cached = work.cache.get("cuda")
         if cached is None or cached[0] != state:
+            if why := self.reason():
+                raise RuntimeError(f"{work.rule.name}: backend 'cuda' cannot run: {why}")
             packed = abi.pack_launch(work.fields() | {"rule": self._rules[work.rule.name][0]})
             cached = work.cache["cuda"] = state, packed
         if self._on_cpu:

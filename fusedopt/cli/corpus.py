@@ -39,8 +39,9 @@ def _files(path: str | None) -> tuple[str, list[Path]]:
     given = Path(path)
     if not given.exists():
         raise UsageError(f"--text {path}: no such file or folder")
-    found = [given] if given.is_file() else [f for f in given.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
-    return path, sorted(found)
+    if given.is_file():
+        return path, [given]
+    return path, sorted(f for f in given.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
 
 
 def load(path: str | None, context: int) -> Corpus:
@@ -60,8 +61,8 @@ def load(path: str | None, context: int) -> Corpus:
         train = [t for i, t in enumerate(texts) if i % HELD_OUT != HELD_OUT - 1]
     else:
         cuts = [len(t) - len(t) // HELD_OUT for t in texts]
-        train, held = ([t[:cut] for t, cut in zip(texts, cuts, strict=True)],
-                       [t[cut:] for t, cut in zip(texts, cuts, strict=True)])  # fmt: skip
+        train = [t[:cut] for t, cut in zip(texts, cuts, strict=True)]
+        held = [t[cut:] for t, cut in zip(texts, cuts, strict=True)]
     parts = [b"".join(train), b"".join(held)]
     if min(map(len, parts)) < 2 * (context + 1):
         raise UsageError(

@@ -109,14 +109,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _heading(setup: Setup) -> str:
     parameters = sum(p.numel() for p in setup.model().parameters())
-    corpus = setup.corpus
-    where = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads"
-    )  # fmt: skip
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if setup.device.type == "cuda":
+        where = torch.cuda.get_device_name(setup.device)
+    train_size, held_size = (t.numel() / 1e6 for t in (setup.corpus.train, setup.corpus.held_out))
     return (
         f"Next-byte prediction: GPT with {parameters / 1e6:.2f} M {dtype_name(setup.dtype)} parameters on {where}\n"
-        f"Text: {corpus.name}, {corpus.train.numel() / 1e6:.1f} MB to train, {corpus.held_out.numel() / 1e6:.1f} MB held out\n"
-        f"Each run: {setup.steps} steps of {setup.batch} x {setup.context} bytes, the same weights and batches at the start\n"
+        f"Text: {setup.corpus.name}, {train_size:.1f} MB to train, {held_size:.1f} MB held out\n"
+        f"Each run: the same weights and batches, {setup.steps} steps of {setup.batch} x {setup.context} bytes\n"
     )
 
 
@@ -132,16 +132,16 @@ def report(runs: list[Run], device: torch.device) -> str:
             f"{1e3 * run.step_time:.2f}", f"{1e3 * run.iteration_time:.0f}", f"{run.memory / 2**20:.1f}",
         ])  # fmt: skip
     headers = ["optimizer", "train loss", "held-out", "to torch", "state B/param", "to torch", "step ms",
-               "iteration ms", "memory MiB"]  # fmt: skip
+               "iteration ms", "peak MiB"]  # fmt: skip
     memory = (
-        "peak of the allocator"
+        "peak of the GPU's allocator"
         if device.type == "cuda"
-        else "weights, gradients and states; activations are the same in every run"
+        else "weights, gradients and states, without activations, which are the same in every run"
     )
     return (
         f"{render(headers, rows)}\n\n"
         "Losses in nats per byte: mean of the last twentieth of the batches, and on the same held-out windows.\n"
-        f"Times are medians; step is optimizer.step() alone. Memory: {memory}."
+        f"Times are medians; step is optimizer.step() alone. Peak memory: {memory}."
     )
 
 

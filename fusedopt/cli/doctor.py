@@ -1,10 +1,10 @@
 """Shows versions and backends, checks every backend against the fp64 reference and times a step.
 
-For each device and backend: whether it is used, and if not, why. Each available backend steps every rule with every state
-format on small tensors. Step times are compared with the time a copy of the same bytes takes.
+For each device and backend: whether it is used, and if not, why. Each available backend steps every rule with every
+state format on small tensors. Step times are compared with the time a copy of the same bytes takes.
 
-The exit status is 1 when something is wrong: a backend that differs from the reference or fails, or a native module that is
-installed and cannot run. Parts that are not installed are not errors.
+The exit status is 1 when something is wrong: a backend that differs from the reference or fails, or a native module
+that is installed and cannot run. Parts that are not installed are not errors.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Diagnosis:
     parity: dict[tuple[str, str], list[Outcome]] = field(default_factory=dict)
     bandwidth: dict[str, float] = field(default_factory=dict)
     timings: dict[str, list[Timing]] = field(default_factory=dict)
+    untimed: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -124,12 +125,14 @@ def standings(out: Diagnosis) -> None:
         first = next((s for name in order for s in found if s.backend == name and s.status == "available"), None)
         if first is not None:
             first.status = "used"
-        else:
+        elif not asked:
             out.problems.append(f"{device}: no backend can step its tensors")
         for s in found:
             if s.status == "broken":
                 out.problems.append(f"{s.device}: backend {s.backend} is installed and cannot run: {s.reason}")
         out.standings += found
+    if asked in select.backend_names() and not any(s.status == "used" for s in out.standings):
+        out.problems.append(f"FUSEDOPT_BACKEND={asked}: that backend cannot run on any device of this machine")
 
 
 def parity(out: Diagnosis) -> None:
@@ -147,11 +150,14 @@ def parity(out: Diagnosis) -> None:
 
 
 def timing(out: Diagnosis) -> None:
-    for device in devices():
-        name = str(device)
+    for name in (s.device for s in out.standings if s.status == "used"):
+        device = torch.device(name)
         try:
-            out.bandwidth[name] = copy_bandwidth(device)
-            out.timings[name] = [time_step(optimizer, device, out.bandwidth[name]) for optimizer in TIMED]
+            bandwidth = copy_bandwidth(device)
+            out.timings[name] = [time_step(optimizer, device, bandwidth) for optimizer in TIMED]
+            out.bandwidth[name] = bandwidth
+        except torch.OutOfMemoryError:
+            out.untimed[name] = "too little free memory"
         except RuntimeError as error:
             out.problems.append(f"{name}: timing a step failed: {error}")
 
@@ -186,6 +192,7 @@ def as_json(out: Diagnosis) -> dict:
         "backends": [asdict(s) for s in out.standings],
         "parity": checks,
         "copy_bandwidth": out.bandwidth,
+        "untimed": out.untimed,
         "steps": {device: [asdict(t) for t in times] for device, times in out.timings.items()},
         "problems": out.problems,
     }
@@ -202,6 +209,7 @@ def report(out: Diagnosis) -> str:
     parts.append(_parity_text(out))
     for device, times in out.timings.items():
         parts.append(_timing_text(device, out.bandwidth[device], times))
+    parts += [f"No step times on {device}: {why}." for device, why in out.untimed.items()]
     if out.problems:
         parts.append(f"Problems: {len(out.problems)}\n" + "\n".join(f"  - {text}" for text in out.problems))
     else:
@@ -241,6 +249,6 @@ def _timing_text(device: str, bandwidth: float, times: list[Timing]) -> str:
     ]  # fmt: skip
     headers = ("optimizer", "backend", "parameters", "step ms", "limit ms", "of the limit")
     return (
-        f"Step time on {device}, fp32 parameters; limit: the same bytes at {bandwidth / 1e9:.1f} GB/s, the copy bandwidth\n"
+        f"Step time on {device}, fp32 parameters; limit: its bytes at the copy bandwidth, {bandwidth / 1e9:.1f} GB/s\n"
         + render(headers, rows, left=2)
     )

@@ -142,7 +142,7 @@ def _dtypes(tensors) -> str:
 
 
 def torch_choices(model: Model, grad_dtype: torch.dtype | None) -> list[Choice]:
-    """torch.optim.AdamW in fp32, and on an fp32 master copy of 16-bit weights. It keeps two states in the dtype it steps."""
+    """torch.optim.AdamW in fp32, and on an fp32 master copy of 16-bit weights: two states in the dtype it steps."""
     n, full, half = sum(p.numel() for p in model.trained), torch.float32.itemsize, torch.bfloat16.itemsize
     frozen = sum(p.numel() for p in model.frozen)
     grad = grad_dtype.itemsize if grad_dtype else None
@@ -219,8 +219,8 @@ def report(model: Model, rows: list[Choice], precision: str, min_numel: int) -> 
     small = [p for p in model.trained if p.numel() < min_numel]
     if small:
         lines.append(
-            f"{len(small)} tensors below {min_numel} elements ({sum(p.numel() for p in small):,} in all) keep fp32 states "
-            "under an 8-bit format."
+            f"{len(small)} tensors below {min_numel} elements ({sum(p.numel() for p in small):,} in all) "
+            "keep fp32 states under an 8-bit format."
         )
     if model.frozen:
         lines.append(f"{sum(p.numel() for p in model.frozen):,} parameters are frozen: no gradient, no state.")
@@ -231,5 +231,3 @@ def report(model: Model, rows: list[Choice], precision: str, min_numel: int) -> 
         }
         lines.append(f"16-bit weights with param_precision={precision!r}. {how.get(precision, '')}".rstrip())
     return "\n".join([*lines, "Activations, temporary buffers and the allocator's reserve come on top."])
-
-

@@ -1,4 +1,4 @@
-"""A small byte-level GPT (pre-norm transformer decoder; Radford et al., "Language Models are Unsupervised Multitask Learners")."""
+"""A small byte-level GPT: the pre-norm decoder of GPT-2 (Radford et al. 2019), with bytes as its vocabulary."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ FAMILIES: dict[str, Callable[[_Config], Shapes]] = {
 
 
 def read_config(path: str) -> tuple[str, Shapes]:
-    """Name of the model type and the shape of every parameter. Raises UsageError where the file cannot be understood."""
+    """Name of the model type and the shape of every parameter. Raises UsageError where the file is not understood."""
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"

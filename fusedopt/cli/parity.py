@@ -17,7 +17,8 @@ from fusedopt.rule import optimizers
 
 LR = 0.05
 STEPS = 2  # from zero states, then from the states the first one left
-SHAPES = ((64, 100), (4099,), (33,))  # whole blocks, a tail, and a tensor that keeps fp32 states
+SHAPES = ((16, 160), (515,), (33,))  # two chunks, a tail of a block, and a tensor that keeps fp32 states
+SMALLEST = 256  # elements of a quantised tensor
 
 
 HALF_STEP_SLACK = 1.1  # values near the middle of two codes may go either way
@@ -36,12 +37,14 @@ class Case:
         return " ".join([self.optimizer, *(f"{name}={value}" for name, value in self.flags)])
 
     def build(self, params, **options) -> torch.optim.Optimizer:
-        return optimizers()[self.optimizer](params, lr=LR, weight_decay=0.1, **dict(self.flags), **options)
+        return optimizers()[self.optimizer](
+            params, lr=LR, weight_decay=0.1, min_quantized_numel=SMALLEST, **dict(self.flags), **options
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """error: the largest error as a share of its bound; reason: why the combination is not supported; failure: an exception."""
+    """error: the largest as a share of its bound; reason: why it is not supported; failure: an exception."""
 
     case: Case
     params: str
@@ -120,7 +123,8 @@ def _compare(case: Case, opt, rule, params: list[torch.nn.Parameter]) -> float:
             worst = max(worst, _share(p.detach(), q.detach(), 2e-5 * LR))
             for state in rule.states:
                 got, want = st.decode(opt.state[p], state), oracle.state[q][state.name]
-                worst = max(worst, _share(got, want, _state_bound(st.stored_format(opt.state[p], state.name), state, want)))
+                bound = _state_bound(st.stored_format(opt.state[p], state.name), state, want)
+                worst = max(worst, _share(got, want, bound))
     return worst
 
 
@@ -138,7 +142,7 @@ def _state_bound(form, state, want: torch.Tensor) -> torch.Tensor:
 
 
 def _share(got: torch.Tensor, want: torch.Tensor, allowed) -> float:
-    """Largest |got - want| over (allowed + 4 ulp of fp32, or 1 ulp of a 16-bit dtype); infinite where got is not finite."""
+    """Largest |got - want| over (allowed + 4 ulp of fp32, or 1 ulp of a 16-bit dtype); infinite for NaN."""
     got = got.cpu()
     ulp = 2.0 ** torch.floor(torch.log2(want.abs().clamp(min=1e-30))) * torch.finfo(got.dtype).eps
     bound = allowed + (4 if got.dtype == torch.float32 else 1) * ulp

@@ -45,7 +45,7 @@ def _median(work, device: torch.device, budget: float, inner: int) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of the faster of a copy and an in-place scale, on data much larger than the caches.
+    """Bytes per second, read and written, of the faster of a copy and an in-place scale, on data larger than caches.
 
     On a CPU a copy may also read the lines it overwrites; a step, which works in place, does not.
     """

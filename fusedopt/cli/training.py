@@ -6,7 +6,6 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -117,7 +116,7 @@ def deterministic():
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def train(name: str, setup: Setup, note: Callable[[str], None] = lambda text: None) -> Run:
+def train(name: str, setup: Setup) -> Run:
     """Trains the model of a Setup with one optimizer. name: TORCH, or what `fusedopt.create` takes."""
     run = Run(name, TORCH if name == TORCH else label_of(name))
     gpu = setup.device.type == "cuda"

@@ -25,9 +25,10 @@ HEAD = tl.constexpr(8)
 def launch_options(fixed: dict, nvidia: bool) -> dict:
     """Compile options for the compile-time arguments `fixed`. fp fusion is pinned: its default differs between Triton versions.
 
-    256 threads, so that each holds 8 elements. The limits on registers are the smallest of 80 and 128 that spill nowhere (bench
-    gates): 3 or 2 programs share an NVIDIA SM. With 2, the leanest step (AdamW with int8 states, 6 bytes read an element) has
-    24 KB in flight. Three int8 states and unaligned rows need up to 183, one program. Left alone, ptxas takes 150 for two states.
+    256 threads, so that each holds 8 elements. Limits on registers: left alone, ptxas takes 150 for two int8 states and one
+    program fills an NVIDIA SM. 128 let 2 programs share it: the leanest step (AdamW with int8 states, 6 bytes read an element)
+    then has 24 KB in flight. 80 let 3, for steps with one fp32 state or none. Three int8 states and unaligned rows need more.
+    The limits spill nowhere (bench gates).
     """
     options = {"num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
     codes = [fixed[f"F{i}"] for i in range(4) if fixed[f"F{i}"] >= 0]
@@ -36,7 +37,7 @@ def launch_options(fixed: dict, nvidia: bool) -> dict:
         return options
     if int8 > 2 or not fixed["ALIGNED"]:
         return options | {"maxnreg": 192}
-    return options | {"maxnreg": 80 if int8 == 0 and len(codes) <= 2 else 128}
+    return options | {"maxnreg": 80 if int8 == 0 and len(codes) <= 1 and fixed["PHASE"] != NORM.value else 128}
 
 
 @triton.jit
@@ -52,9 +53,9 @@ def step_tile(
     local = row * 256 + tl.arange(0, 256)[None, :]
     inside = local < numel - first
     whole = numel - first >= TILE
-    # One lane-wide entry per row's scale. (3 x) / 3 hides from the compiler that scales are contiguous over rows: knowing it, it
-    # would give them a layout of their own and move every scale through shared memory.
-    block = tl.arange(0, 32)[None, :] * 0 + row * 3 // 3
+    # A row's scale once per lane, in one dimension: a (8, 1) tensor of pointers would get a layout that is contiguous over rows, and
+    # every scale would move through shared memory.
+    block = tl.arange(0, TILE_ROWS * 32) // 32
     inside_blocks = block * 256 < numel - first
     p_at = p_row + first
     p = load_stream(p_at, local, inside, whole, 0.0, ALIGNED).to(tl.float32)
@@ -101,7 +102,7 @@ def step_tile(
 
 @triton.jit
 def square_sums(p, tile, stop, ALIGNED: tl.constexpr):
-    """(8,) sums of squares of the grains from `tile` on: one grain a warp, so no barriers; 512 elements of each at a time."""
+    """(8,) sums of squares of the grains from `tile` on, 512 elements of each at a time: one reduction for all of them."""
     row = tl.arange(0, TILE_ROWS)[:, None]
     local = row * TILE + tl.arange(0, 512)[None, :]
     first = tile * TILE
@@ -156,11 +157,8 @@ def step_kernel(
     meta = tl.load(table + 11 * rows + row)
     tensor = meta >> 32
     head = scalars + (meta & 0xFFFFFFFF) * 32
-    p_row = row_pointer(table, 1, rows, row, PARAM)
-    g_row = row_pointer(table, 0, rows, row, GRAD)
-    if ALIGNED:
-        p_row = tl.multiple_of(p_row, 16)
-        g_row = tl.multiple_of(g_row, 16)
+    p_row = row_pointer(table, 1, rows, row, PARAM, 16 if ALIGNED else 1)
+    g_row = row_pointer(table, 0, rows, row, GRAD, 16 if ALIGNED else 1)
     stop = tl.minimum((tile + tiles) * TILE, numel)
     if found_inf is not None and (PHASE == FUSED or PHASE == APPLY):
         stop = tl.where(tl.load(found_inf) != 0.0, 0, stop)
@@ -197,16 +195,16 @@ def step_kernel(
         a3 = None
         if F0 >= 0:
             p0 = state_pointer(table, 0, rows, row, F0, ALIGNED)
-            a0 = row_pointer(table, 6, rows, row, tl.float32)
+            a0 = row_pointer(table, 6, rows, row, tl.float32, 1)
         if F1 >= 0:
             p1 = state_pointer(table, 1, rows, row, F1, ALIGNED)
-            a1 = row_pointer(table, 7, rows, row, tl.float32)
+            a1 = row_pointer(table, 7, rows, row, tl.float32, 1)
         if F2 >= 0:
             p2 = state_pointer(table, 2, rows, row, F2, ALIGNED)
-            a2 = row_pointer(table, 8, rows, row, tl.float32)
+            a2 = row_pointer(table, 8, rows, row, tl.float32, 1)
         if F3 >= 0:
             p3 = state_pointer(table, 3, rows, row, F3, ALIGNED)
-            a3 = row_pointer(table, 9, rows, row, tl.float32)
+            a3 = row_pointer(table, 9, rows, row, tl.float32, 1)
 
     while tile * TILE < stop:
         if PHASE == NORM:

@@ -43,7 +43,8 @@ def to_bf16(x):
 
 @triton.jit
 def spread(x, ROWS: tl.constexpr):
-    """(ROWS, 32) to (ROWS, 256): each value for 8 consecutive elements, in the lane that has it."""
+    """(ROWS * 32,) to (ROWS, 256): each value for 8 consecutive elements, in the lane that has it."""
+    x = tl.reshape(x, (ROWS, 32))
     x = tl.join(x, x)
     x = tl.join(x, x)
     return tl.reshape(tl.join(x, x), (ROWS, 256))
@@ -99,24 +100,26 @@ def int8_encode(x, inverse, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def row_pointer(table, column, rows, row, TYPE: tl.constexpr):
-    """A tensor's address from the row table, as a pointer to TYPE."""
-    return tl.load(table + column * rows + row).to(tl.pointer_type(TYPE))
+def row_pointer(table, column, rows, row, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """A tensor's address from the row table, as a pointer to TYPE, promised to be a multiple of ALIGN bytes.
+
+    The promise is made on the cast itself: made on the result of a call, it is lost when the call is inlined (Triton 3.6).
+    """
+    p = tl.load(table + column * rows + row).to(tl.pointer_type(TYPE))
+    if ALIGN > 1:
+        p = tl.multiple_of(p, ALIGN)
+    return p
 
 
 @triton.jit
 def state_pointer(table, state, rows, row, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
     FORMAT_ID: tl.constexpr = FORMAT & 0xFF
     if FORMAT_ID == FP32:
-        p = row_pointer(table, 2 + state, rows, row, tl.float32)
+        return row_pointer(table, 2 + state, rows, row, tl.float32, 16 if ALIGNED else 1)
     elif FORMAT_ID == BF16:
-        p = row_pointer(table, 2 + state, rows, row, tl.bfloat16)
-    else:
-        p = row_pointer(table, 2 + state, rows, row, tl.uint8)
-    if ALIGNED:
-        # int8 is promised 8 bytes only: 16 codes a thread would force every other stream into pieces of 16 elements a thread.
-        p = tl.multiple_of(p, 8 if FORMAT_ID == INT8 else 16)
-    return p
+        return row_pointer(table, 2 + state, rows, row, tl.bfloat16, 16 if ALIGNED else 1)
+    else:  # promised 8 bytes only: 16 codes a thread would force every other stream into pieces of 16 elements a thread
+        return row_pointer(table, 2 + state, rows, row, tl.uint8, 8 if ALIGNED else 1)
 
 
 @triton.jit
@@ -170,8 +173,8 @@ def store_state(x, p, scales, local, inside, whole, blocks, inside_blocks, FORMA
         usable = (largest > 0) & (largest < 0x7F800000)
         inverse = tl.where(usable, 1.0 / tl.where(usable, scale, 1.0), 0.0)
         stored = int8_encode(x, inverse, (FORMAT & 0x100) != 0)
-        owner = inside_blocks & (tl.arange(0, 32)[None, :] == 0)
-        tl.store(scales + blocks, tl.broadcast_to(scale, blocks.shape), mask=owner)
+        lanes = tl.reshape(tl.broadcast_to(scale, (x.shape[0], 32)), (x.shape[0] * 32,))
+        tl.store(scales + blocks, lanes, mask=inside_blocks & (tl.arange(0, x.shape[0] * 32) % 32 == 0))
     elif FORMAT_ID == BF16:
         stored = to_bf16(x)
     else:

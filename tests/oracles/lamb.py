@@ -1,10 +1,10 @@
-"""LAMB: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (arXiv 1904.00962), algorithm 2."""
+"""LAMB, algorithm 2 of "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (arXiv 1904.00962)."""
 
 import torch
 
 
 class LAMB:
-    """One parameter group, any floating dtype. max_norm: of the global gradient; clip_eps: added to the measured norm."""
+    """One parameter group, any dtype. max_norm: of the global gradient; clip_eps: added to the measured norm."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_norm=1.0, bias_correction=True,
                  grad_averaging=True, trust_clip=False, always_adapt=False, maximize=False, clip_eps=0.0):  # fmt: skip

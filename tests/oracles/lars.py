@@ -1,4 +1,4 @@
-"""LARS: You et al., "Large Batch Training of Convolutional Networks" (arXiv 1708.03888), learning rate outside the velocity."""
+"""LARS of "Large Batch Training of Convolutional Networks" (arXiv 1708.03888), learning rate outside the velocity."""
 
 import torch
 
@@ -6,8 +6,8 @@ import torch
 class LARS:
     """One parameter group, any floating dtype, no bells: written for reading, one formula a line."""
 
-    def __init__(self, params, lr, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, trust_coefficient=1e-3,
-                 eps=1e-8, trust_clip=False, always_adapt=False, maximize=False):  # fmt: skip
+    def __init__(self, params, lr, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
+                 trust_coefficient=1e-3, eps=1e-8, trust_clip=False, always_adapt=False, maximize=False):  # fmt: skip
         self.params = list(params)
         self.velocity = {}
         self.__dict__.update(

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,8 @@ sys.path.insert(0, str(CSRC))
 import generate  # noqa: E402
 
 # The sources are written for nvcc: its pragmas and attributes mean nothing here.
-FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-attributes -Wno-maybe-uninitialized -DFO_SIMT".split()
+FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -DFO_SIMT".split()
+FLAGS += "-Wall -Wno-unknown-pragmas -Wno-attributes -Wno-maybe-uninitialized".split()
 EXPORT = "-fvisibility=default"
 
 
@@ -45,7 +46,7 @@ def sources(gen: Path) -> list[Path]:
 
 
 def build(asan: bool = False) -> Path:
-    flags = FLAGS + (["-g", "-fsanitize=address", "-fno-omit-frame-pointer"] if asan else [])
+    flags = FLAGS + (["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"] if asan else [])
     out = BUILD / "simt" / f"{digest(*flags)}{'_asan' if asan else ''}"
     target = out / "libsimt.so"
     if target.exists():
@@ -101,6 +102,6 @@ class Library:
         return 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(asan: bool = False) -> Library:
     return Library(build(asan))

@@ -1,0 +1,323 @@
+"""The benchmark tool: cases, providers, a tiny run, its comparison and charts, the gates, the GPU command's dry run."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import __main__ as entry  # noqa: E402
+from bench import bandwidth, cases, compare, gates, gpu, gpu_checks, machine, plot, providers, run  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def document():
+    """A measured run of two small cases with every kind of provider outcome."""
+    chosen = providers.select(["fusedopt-reference/adamw/fp32", "torch/sgd/foreach", "fusedopt-cuda/adamw/fp32"], CPU)
+    small = [case.shrunk(3000) for case in cases.select(["tiny_1000", "gpt2_124m@1:bf16"])]
+    small[0] = cases.Case("tiny_9", ((64,),) * 9)
+    return run.measure(small, chosen, CPU, 3, 1 << 20, show=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    "spec, tensors, millions",
+    [
+        ("one_large", 1, 67.1),
+        ("mixed_400", 400, 83.8),
+        ("tiny_1000", 1000, 0.064),
+        ("gpt2_124m", 148, 124.4),
+        ("bert_large", 391, 335.1),
+        ("vit_h", 392, 632.0),
+        ("llama2_7b", 291, 6738.4),
+        ("llama3_8b", 291, 8030.3),
+        ("llama2_7b@4:bf16", 39, 1071.7),
+    ],
+)
+def test_cases_have_the_sizes_of_the_models(spec, tensors, millions):
+    (case,) = cases.select([spec])
+    assert (case.name, case.tensors) == (spec, tensors)
+    assert case.elements / 1e6 == pytest.approx(millions, abs=0.06)
+    assert case.param_dtype == (torch.bfloat16 if spec.endswith("bf16") else torch.float32)
+
+
+def test_mixed_case_is_mostly_tiny():
+    (case,) = cases.select(["mixed_400"])
+    assert sum(shape[0] <= 4096 and len(shape) == 1 for shape in case.shapes) == 300
+
+
+def test_shrinking_keeps_the_number_of_tensors():
+    for case in cases.select(["*"]):
+        small = case.shrunk(5000)
+        assert small.elements <= 5000 and small.tensors == case.tensors
+        assert small.name == f"{case.name}<5000"
+    assert case.shrunk(10**12) is case
+
+
+@pytest.mark.parametrize("spec", ["nothing", "gpt2_124m:int8", "gpt2_124m@x", ""])
+def test_unknown_cases_are_refused(spec):
+    with pytest.raises(ValueError, match="no case matches"):
+        cases.select([spec])
+
+
+def test_globs_do_not_repeat():
+    assert [c.name for c in cases.select(["llama*", "llama2_7b"])] == ["llama2_7b", "llama3_8b"]
+
+
+def test_baselines_are_always_measured():
+    names = [p.name for p in providers.select(["fusedopt-cpu/lion/*", "fusedopt-cpu/sgd/*"], CPU)]
+    assert names[:2] == ["torch/adamw/fused", "torch/sgd/fused"]
+    assert len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="no provider matches"):
+        providers.select(["nobody/*"], CPU)
+
+
+def test_bytes_of_rivals_follow_the_same_count():
+    case = cases.Case("x", ((1 << 20,),))
+    half = cases.Case("x", ((1 << 20,),), torch.bfloat16, torch.bfloat16)
+    per = {
+        ("torch/adamw/fused", case): 28,
+        ("torch/adamw/fused", half): 14,
+        ("bitsandbytes/adamw/int8", case): 16.0625,
+        ("bitsandbytes/lion/int8", half): 8.03125,
+        ("apex/adamw/fused", half): 22,
+        ("flashoptim/adamw/int8", half): 12.25,
+        ("pytorch_optimizer/lamb/loop", case): 40,
+    }
+    for (name, what), expected in per.items():
+        assert providers.PROVIDERS[name].step_bytes(what, None) / what.elements == pytest.approx(expected)
+
+
+def test_small_tensors_keep_fp32_states_in_the_count():
+    tiny = cases.Case("x", ((64,),) * 10)
+    assert providers.PROVIDERS["bitsandbytes/adamw/int8"].state_bytes(tiny) == 8 * 640
+
+
+def test_why_not_is_a_sentence():
+    case = cases.Case("x", ((64,),))
+    absent = providers._rival("a/adamw/b", "no_such_module_anywhere", "AdamW", 2, None)
+    assert absent.why_not(case, CPU).startswith("cannot import no_such_module_anywhere: ModuleNotFoundError")
+    assert "cpu" in providers.PROVIDERS["apex/adamw/fused"].why_not(case, CPU)
+    assert "float32" in providers.PROVIDERS["fusedopt-cpu/adamw/int8+sr"].why_not(case, CPU)
+
+
+def test_document(document):
+    assert document["schema"] == run.SCHEMA and document["kind"] == "run"
+    text = json.dumps(document, allow_nan=False)
+    assert str(Path.home()) not in text and str(machine.ROOT) not in text
+    stamp = document["machine"]
+    assert {"date", "processor", "threads", "versions", "commit", "device", "isa"} <= stamp.keys()
+    assert [c["case"] for c in document["cases"]] == ["tiny_9", "gpt2_124m@1:bf16<3000"]
+    for case in document["cases"]:
+        by_name = {r["provider"]: r for r in case["results"]}
+        assert by_name["fusedopt-cuda/adamw/fp32"]["status"] == "skipped"
+        assert by_name["fusedopt-cuda/adamw/fp32"]["reason"] == "not for cpu tensors"
+        ours = by_name["fusedopt-reference/adamw/fp32"]
+        assert ours["bytes_per_parameter"] == (28 if case["param_dtype"] == "float32" else 22)
+        assert len(ours["rounds_ms"]) == 3 and ours["ratio"]["to"] == "torch/adamw/fused"
+        assert by_name["torch/sgd/foreach"]["ratio"]["to"] == "torch/sgd/fused"
+        for r in case["results"]:
+            if r["status"] == "ok":
+                for key in ("ms", "host_us_per_tensor", "share_of_copy", "share_of_stream", "ratio"):
+                    assert 0 < r[key]["q1"] <= r[key]["median"] <= r[key]["q3"]
+        assert by_name["torch/adamw/fused"]["ratio"]["median"] == 1
+
+
+def test_table_and_files(document, tmp_path):
+    text = run.table(document["cases"][0], 1 << 40)
+    assert "fusedopt-reference/adamw/fp32" in text and "fits in cache" in text
+    assert "skipped, not for cpu tensors: fusedopt-cuda/adamw/fp32" in text
+    path = run.output_path(tmp_path / "a.json", CPU)
+    run.save(document, path)
+    assert run.load(path) == document
+    assert run.output_path(tmp_path, CPU).parent == tmp_path
+    path.write_text(json.dumps({**document, "schema": 0}))
+    with pytest.raises(ValueError, match="schema"):
+        run.load(path)
+
+
+def test_a_failing_provider_does_not_stop_the_others():
+    def broken(params):
+        raise RuntimeError("no such instruction")
+
+    bad = providers.Provider("bad/adamw/x", "adamw", broken, 2)
+    good = providers.PROVIDERS["torch/adamw/fused"]
+    record = run.run_case(cases.Case("x", ((64,),)), CPU, [good, bad], 2, bandwidth.Probe(CPU, 1 << 20))
+    assert [(r["provider"], r["status"]) for r in record["results"]] == [(good.name, "ok"), (bad.name, "skipped")]
+    assert record["results"][1]["reason"] == "RuntimeError: no such instruction"
+
+
+def test_memory_guard():
+    case = cases.Case("x", ((1000, 1000),))
+    names = ("torch/adamw/fused", "torch/adamw/loop", "fusedopt-cpu/lion/fp32")
+    fused, loop, ours = (providers.PROVIDERS[name] for name in names)
+    everything = [fused, loop, ours]
+    assert run.grouping(case, everything, 1e12) == ([everything], run.MAX_SETS, {})
+    groups, sets, reasons = run.grouping(case, everything, 37e6)  # p 4, g 4, states 8, 4 MB; the loop takes 8 MB more
+    assert sets == 1 and not reasons and groups == [[fused, loop], [fused, ours]]
+    groups, _, reasons = run.grouping(case, everything, 12e6)
+    assert groups == [[ours]] and reasons.keys() == {fused.name, loop.name}
+    assert "does not fit: needs 0.0 GB" in reasons[fused.name]
+    assert run.grouping(case, [], 1) == ([], 1, {})
+
+
+def test_peak_memory():
+    with machine.PeakMemory(CPU) as peak:
+        block = torch.ones(1 << 25)
+        del block
+    if peak.bytes is None:
+        pytest.skip("this system does not tell")
+    assert peak.bytes < 1 << 29
+    assert machine.available_memory(CPU) > 1 << 20
+
+
+def test_compare(document):
+    same = compare.compare(document, document)
+    assert {row["status"] for row in same} == {"same"}
+    slower = json.loads(json.dumps(document))
+    for case in slower["cases"]:
+        for r in case["results"]:
+            if r["provider"] == "fusedopt-reference/adamw/fp32":
+                r["ratio"] = {k: 50 * v if k != "to" else v for k, v in r["ratio"].items()}
+    del slower["cases"][0]["results"][0]
+    rows = {(r["case"], r["provider"]): r for r in compare.compare(document, slower)}
+    found = rows["tiny_9", "fusedopt-reference/adamw/fp32"]
+    assert found["status"] == "slower" and found["change"] == pytest.approx(49)
+    assert compare.compare(slower, document)[-1]["status"] in ("faster", "only new", "same")
+    assert rows["tiny_9", document["cases"][0]["results"][0]["provider"]]["status"] == "only old"
+    assert "SLOWER" in compare.table(list(rows.values()))
+
+
+def test_plots(document, tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plot.write(document, tmp_path, "r")
+    assert [p.name for p in paths] == ["r-share.png", "r-ratio.png", "r-host.png"]
+    assert all(p.read_bytes()[:4] == b"\x89PNG" and p.stat().st_size > 5000 for p in paths)
+    assert plot.write({**document, "cases": []}, tmp_path, "none") == []
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "r.json"
+    options = "run --case tiny_1000 --elements 1000 --rounds 2 --probe-mb 1 --provider torch/adamw/fused".split()
+    assert entry.main([*options, "--device", "cpu", "--out", str(out)]) == 0
+    assert entry.main(["compare", str(out), str(out)]) == 0
+    assert entry.main(["run", "--list"]) == 0
+    assert entry.main(["run", "--case", "nothing", "--device", "cpu"]) == 2
+    assert entry.main(["compare", str(tmp_path / "absent.json"), str(out)]) == 2
+    text = capsys.readouterr().out
+    assert "x baseline" in text and "within noise" in text and "llama3_8b: 291 tensors" in text
+
+
+def test_bytes_gates_hold():
+    rows = gates.bytes_gates(CPU)
+    assert len(rows) == 2 * 3 * len(gates.LIMITS)
+    assert not [row for row in rows if row.status != gates.OK]
+    assert any("physical limit 40" in row.note for row in rows)
+
+
+def test_launch_gates_hold():
+    rows = gates.launch_gates(CPU, 1 << 12)
+    assert not [row for row in rows if row.status == gates.FAIL]
+    assert sum(row.status == gates.OK for row in rows) >= 16
+    assert all(row.note for row in rows if row.status == gates.UNCHECKED)
+
+
+def test_resource_gates_see_what_falls_short():
+    row = {"kernel": "Adam", "arch": "sm_90", "registers": 80, "spills": 0}
+    row |= {"loads": {128: 8, 64: 2}, "stores": {128: 6, 64: 2}}
+    changes = ({"registers": 200}, {"spills": 8}, {"loads": {128: 7, 64: 9}}, {"stores": {32: 99}})
+    status = [g.status for g in gates.resource_gates("cuda", row, (8, 2), (6, 2))]
+    assert status == [gates.OK] * 4
+    for index, change in enumerate(changes):
+        assert gates.resource_gates("cuda", {**row, **change}, (8, 2), (6, 2))[index].status == gates.FAIL
+    assert gates._rule_name("AdamAmsgrad") == "adam_amsgrad"
+
+
+def test_gates_exit_status(monkeypatch, capsys):
+    def status(rows, strict=False, as_json=False):
+        monkeypatch.setattr(gates, "check", lambda *args: rows)
+        return gates.main(argparse.Namespace(part=None, device="cpu", arch=None, json=as_json, strict=strict))
+
+    good, bad = gates.Gate("bytes", "a", "1", "1", gates.OK), gates.Gate("bytes", "b", "2", "1", gates.FAIL)
+    unknown = gates.Gate("cuda", "c", "-", "-", gates.UNCHECKED, "nvcc not found")
+    assert status([good]) == status([good, unknown]) == 0
+    assert status([good, bad]) == status([good, unknown], strict=True) == 1
+    assert "1 ok, 1 FAIL" in capsys.readouterr().out
+    assert status([good], as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)[0]["status"] == "ok"
+
+
+def test_a_part_without_its_tools_says_so(monkeypatch):
+    def absent():
+        raise ImportError("no tool")
+
+    monkeypatch.setattr(gates, "bytes_gates", lambda device: absent())
+    monkeypatch.setattr(gates, "launch_gates", lambda device: 1 / 0)
+    rows = gates.check(("bytes", "launches"), CPU)
+    assert [row.status for row in rows] == [gates.UNCHECKED, gates.FAIL]
+
+
+def test_device_checks_on_the_cpu(tmp_path):
+    for name in gpu_checks.CHECKS:
+        out = tmp_path / f"{name}.json"
+        assert gpu_checks.main([name, "--device", "cpu", "--elements", "4000", "--out", str(out)]) == 0
+        assert all(row["ok"] for row in json.loads(out.read_text()))
+
+
+def gpu_arguments(*more):
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    return parser.parse_args(more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_command_refuses_without_one(capsys):
+    assert gpu.main(gpu_arguments()) == 2
+    assert "finds no GPU" in capsys.readouterr().out
+
+
+def test_gpu_command_goes_on_after_failures_and_resumes(tmp_path, monkeypatch, capsys):
+    def part(name, text, limit=60):
+        return gpu.Part(name, limit, lambda folder, dry: [gpu.python("-c", text)])
+
+    parts = [
+        part("bad", "print('why'); raise SystemExit(3)"),
+        part("slow", "import time; time.sleep(60)", limit=1),
+        gpu.Part("none", 5, lambda folder, dry: []),
+        part("good", "print('fine')"),
+    ]
+    monkeypatch.setattr(gpu, "PARTS", tuple(parts))
+    assert gpu.main(gpu_arguments("--dry-run", "--out", str(tmp_path))) == 1
+    record = {r["part"]: r for r in json.loads((tmp_path / "summary.json").read_text())["parts"]}
+    assert {k: r["status"] for k, r in record.items()} == {
+        "bad": "failed", "slow": "out of time", "none": "nothing to run", "good": "ok"
+    }  # fmt: skip
+    assert record["bad"]["code"] == 3 and record["bad"]["said"] == "why"
+    parts[0] = part("bad", "print('better')")
+    monkeypatch.setattr(gpu, "PARTS", tuple(parts[:1] + parts[2:]))
+    capsys.readouterr()
+    assert gpu.main(gpu_arguments("--dry-run", "--out", str(tmp_path))) == 0
+    assert "good: already done" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "PARTS", tuple(parts[3:]))
+    assert gpu.main(gpu_arguments("--dry-run", "--fresh", "--budget", "0", "--out", str(tmp_path))) == 1
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_gpu_parts_fit_the_nine_minutes():
+    assert gpu.BUDGET < 9 * 60
+    for part in gpu.PARTS:
+        for dry in (False, True):
+            for command in part.commands(Path("x"), dry):
+                assert all(isinstance(word, str) for word in command), part.name
+
+
+def test_gpu_dry_run_of_the_measuring_parts(tmp_path):
+    pytest.importorskip("matplotlib")
+    options = "--dry-run --part measure --part plot --part gates --out".split()
+    assert gpu.main(gpu_arguments(*options, str(tmp_path))) == 0, (tmp_path / "measure.log").read_text()
+    assert run.load(tmp_path / "bench.json")["cases"]
+    assert {p.name for p in tmp_path.glob("*.png")} == {"bench-share.png", "bench-ratio.png", "bench-host.png"}
