@@ -97,7 +97,7 @@ def read_cubin(path: Path) -> list[dict]:
 
 def resources(archs=ARCHS, workers: int = 2) -> list[dict]:
     """One dict per kernel and arch: kernel, arch, registers, spills (bytes of stack and local memory, plus local
-    accesses), shared (bytes), loads and stores ({bits: static count}), instructions (static), calls, atomics (kinds)."""
+    accesses), shared (bytes), loads and stores ({bits: static count}), instructions (static), calls, atomics."""
     out = simt.BUILD / "gates" / simt.digest(*archs, Path(__file__).read_text())
     cached = out / "resources.json"
     if cached.exists():

@@ -1,4 +1,4 @@
-"""Registers, spills, access widths and instruction counts of the Triton step kernel, compiled ahead of time without a GPU."""
+"""Registers, spills, access widths and instructions of the Triton step kernel, compiled ahead of time without a GPU."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         short = {F32: "f32", BF16: "bf16", F16: "f16"}
         formats = self.formats if isinstance(self.formats, str) else "+".join(self.formats)
-        text = f"{self.rule} {formats} p:{short[self.param]} g:{short[self.grad]} {self.precision} {self.phase.name.lower()}"
+        types = f"p:{short[self.param]} g:{short[self.grad]}"
+        text = f"{self.rule} {formats} {types} {self.precision} {self.phase.name.lower()}"
         return text if self.aligned else text + " unaligned"
 
 
 # Every rule in its cheapest and its densest storage; other formats, types and phases where they take other code.
 CASES = (
     *(Case(rule) for rule in ("sgd", "sgd_momentum", "adam", "adam_amsgrad", "lion", "lars_momentum")),
-    *(Case(rule, "int8", BF16, BF16, "stochastic") for rule in ("sgd_momentum", "adam", "adam_amsgrad", "lion", "lars_momentum")),
+    *(
+        Case(rule, "int8", BF16, BF16, "stochastic")
+        for rule in ("sgd_momentum", "adam", "adam_amsgrad", "lion", "lars_momentum")
+    ),
     Case("lars", "fp32", BF16, BF16),
     Case("adam", ("int8", "bf16"), F32, BF16),
     Case("adam", "bf16", F16, F16, "stochastic"),
@@ -105,10 +109,19 @@ def _cuda_resources(kernel) -> dict:
 
 def _hip_resources(kernel) -> dict:
     text = kernel.asm["amdgcn"]
-    number = {k: int(v) for k, v in re.findall(r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size|group_segment_fixed_size):\s+(\d+)", text, re.M)}
+    number = {
+        k: int(v)
+        for k, v in re.findall(
+            r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size|group_segment_fixed_size):\s+(\d+)",
+            text,
+            re.M,
+        )
+    }
     widths = {}
     for kind in ("load", "store"):
-        found = re.findall(rf"\b(?:global|buffer)_{kind}_(dwordx4|dwordx3|dwordx2|dword|short|ushort|byte|ubyte|sbyte|sshort)", text)
+        found = re.findall(
+            rf"\b(?:global|buffer)_{kind}_(dwordx4|dwordx3|dwordx2|dword|short|ushort|byte|ubyte|sbyte|sshort)", text
+        )
         size = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
         widths[kind] = dict(Counter(size.get(w, 16 if "short" in w else 8) for w in found))
     return {
@@ -135,7 +148,9 @@ def _needs(case: Case) -> dict:
         return {"loads": {128: sum(dtype.itemsize for dtype in streams)}, "stores": {}}
     names = (case.formats,) * len(rule.states) if isinstance(case.formats, str) else case.formats
     sizes = [get_format(name).storage.itemsize for name in names]
-    written = Counter(64 if size == 1 else 128 for size in (case.param.itemsize, *sizes) for _ in range(max(1, size // 2)))
+    written = Counter(
+        64 if size == 1 else 128 for size in (case.param.itemsize, *sizes) for _ in range(max(1, size // 2))
+    )
     read = written + Counter({128: max(1, case.grad.itemsize // 2)})
     return {"loads": dict(read), "stores": dict(written) if case.phase != Phase.PROBE else {}}
 
@@ -161,8 +176,10 @@ def _resources(job: tuple[Case, str]) -> dict:
 
 
 def resources(targets=TARGETS, cases=CASES, workers: int = 2) -> list[dict]:
-    """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits: count}),
-    instructions, barriers, needs (the accesses its streams come to in full tiles). Must not run under TRITON_INTERPRET=1."""
+    """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits:
+    count}),
+    instructions, barriers, needs (the accesses its streams come to in full tiles). Must not run under
+    TRITON_INTERPRET=1."""
     jobs = [(case, target) for case in cases for target in targets]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_resources, jobs, chunksize=1))

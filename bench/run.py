@@ -311,7 +311,7 @@ def table(record: dict, cache: int = 0) -> str:
         note = "; fits in cache, shares of memory bandwidth mean little" if size < 2 * cache else ""
         lines.append(f"  copy {info['copy_gb_per_s']['median']:.1f} GB/s{also}; working set {size / 1e6:.0f} MB{note}")
     lines.append(
-        f"  {'provider':34}{'B/param':>8}{'ms median (quartiles)':>27}{'x baseline':>11}{'of copy':>9}{'of stream':>10}"
+        f"  {'provider':34}{'B/param':>8}{'ms median (quartiles)':>30}{'x baseline':>11}{'of copy':>9}{'of stream':>10}"
         f"{'host us/tensor':>15}{'extra MB':>9}{'launches':>9}"
     )
     for r in record["results"]:
@@ -322,7 +322,7 @@ def table(record: dict, cache: int = 0) -> str:
         ratio = "-" if r["ratio"] is None else f"{r['ratio']['median']:.2f}"
         stream = "-" if r["share_of_stream"] is None else f"{r['share_of_stream']['median']:.0%}"
         lines.append(
-            f"  {r['provider']:34}{r['bytes_per_parameter']:8.2f}{times:>27}{ratio:>11}"
+            f"  {r['provider']:34}{r['bytes_per_parameter']:8.2f}{times:>30}{ratio:>11}"
             f"{r['share_of_copy']['median']:9.0%}{stream:>10}{r['host_us_per_tensor']['median']:15.3f}"
             f"{'-' if extra is None else f'{extra / 1e6:.1f}':>9}{'-' if r['launches'] is None else r['launches']:>9}"
         )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 from fusedopt.abi import BLOCK, FORMAT_SIGNED
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_map(signed: bool) -> torch.Tensor:
     """The 256 values of the 8-bit dynamic map, sorted, float64. Signed: 0 at index 127, no -1. Unsigned: 0 at index 0."""
     values = [0.0, 1.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusedopt.abi import GRAIN_SIZE, DTYPE_CODES, Column, Phase, chunk_size, chunk_table
+from fusedopt.abi import DTYPE_CODES, GRAIN_SIZE, Column, Phase, chunk_size, chunk_table
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Item, Work
 from fusedopt.memory import flat, is_dense

@@ -61,7 +61,7 @@ BACKENDS = ["reference", "cpu"] if native_cpu() else ["reference"]
 
 
 def backend_argument(backend: str | None) -> str | None:
-    """Native steps are chosen automatically: fp64 parameters may take the reference. test_plan checks what is chosen."""
+    """Native steps are chosen automatically: fp64 parameters may take the reference. test_plan checks the choice."""
     return None if backend == "cpu" else backend
 
 

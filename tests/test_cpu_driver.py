@@ -21,7 +21,7 @@ from fusedopt.abi import Phase
 from fusedopt.backends import cpu
 from fusedopt.formats import INT8, dynamic_map
 from fusedopt.precision import philox16, round_stochastic
-from fusedopt.rule import get_rule
+from fusedopt.rule import get_rule, list_rules
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native CPU module is not built")
 
@@ -306,7 +306,15 @@ def test_support_and_reasons(monkeypatch):
 
 
 def test_native_rules_match_the_declarations():
-    for name, states, scalars, trust_on in cpu.native.describe():
-        rule = get_rule(name)
-        declared = rule.state_names, rule.scalar_names, rule.trust_on
-        assert (cpu._names(states), cpu._names(scalars), cpu.TRUST[trust_on]) == declared
+    backend = cpu.CpuBackend()
+    key = make_problem("adam").work.key
+    for name in list_rules():
+        assert backend.supports(key._replace(rule=name)) is None
+
+
+def test_a_rule_of_another_version_is_refused(monkeypatch):
+    backend = cpu.CpuBackend()
+    key = make_problem("adam").work.key
+    index, states, scalars, trust_on = backend._rules["adam"]
+    monkeypatch.setitem(backend._rules, "adam", (index, states, scalars[::-1], trust_on))
+    assert "another version" in backend.supports(key)

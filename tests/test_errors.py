@@ -37,7 +37,7 @@ def test_construction(cls):
     "options, error, message",
     [
         ({"lr": torch.tensor([1e-3, 1e-3])}, ValueError, "Tensor lr must be 1-element"),
-        ({"lr": torch.tensor(1e-3), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable=False"),
+        ({"lr": torch.tensor(1e-3), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable"),
         ({"lr": -1e-3}, ValueError, "Invalid learning rate: -0.001"),
         ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
         ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),

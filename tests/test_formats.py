@@ -72,11 +72,11 @@ def test_error_bound_and_nearest_code(signed, values, repeat):
     relative, absolute = INT8.error_bound
     assert ((got - x.double()).abs() <= relative * x.double().abs() + absolute * largest + TINY).all()
     table = dynamic_map(signed)
-    usable = largest > 0
+    usable = (largest > 0) & (signed | (x >= TINY))  # subnormal second moments are zero
     normed = x.double()[usable] / largest[usable]
     distance = (normed[:, None] - table).abs()
     if not signed:
-        distance[x[usable] >= TINY, 0] = 2
+        distance[:, 0] = 2
     chosen = (normed - table[codes.long()[usable]]).abs()
     assert (chosen <= distance.min(1).values + 1e-7 * normed.abs()).all()
 

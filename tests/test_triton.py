@@ -1,4 +1,4 @@
-"""The Triton backend, interpreted on the CPU (TRITON_INTERPRET=1) or run on a GPU, against the fp64 reference and bit by bit."""
+"""The Triton backend, interpreted on the CPU (TRITON_INTERPRET=1), against the fp64 reference and bit by bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-
 from harness import (  # noqa: E402
     RULES,
     assert_bitwise,
@@ -84,7 +83,13 @@ def test_step_matches_reference(rule, storage):
     seed = 1 if rule == "lion" else 0  # data without a sign that hangs on the last bit of fp32
     check(
         make_problem(
-            rule, (300, 1, 2048, 2500), param_dtype=param, grad_dtype=grad, formats=formats, precision=precision, seed=seed
+            rule,
+            (300, 1, 2048, 2500),
+            param_dtype=param,
+            grad_dtype=grad,
+            formats=formats,
+            precision=precision,
+            seed=seed,
         )
     )
 
@@ -93,7 +98,7 @@ def test_step_matches_reference(rule, storage):
 @pytest.mark.parametrize("offset", (0, 1))
 def test_clip_unscale_maximize(rule, offset):
     problem = make_problem(
-        rule, (4200, 5), param_dtype=BF16, grad_dtype=F16, formats="fp32", max_norm=0.5, grad_scale=64.0, maximize=True, offset=offset
+        rule, (4200, 5), param_dtype=BF16, grad_dtype=F16, max_norm=0.5, grad_scale=64.0, maximize=True, offset=offset
     )  # fmt: skip
     exact = check(problem, clip=True)
     torch.testing.assert_close(problem.work.norm.double(), exact.work.norm, rtol=1e-5, atol=0)
@@ -141,6 +146,7 @@ def test_stochastic_rounding_bits(dtype):
 @pytest.mark.parametrize("signed", (True, False))
 def test_int8_codec(signed):
     """Every code survives a round trip; encoding is the nearest value of the map, as the reference searches it."""
+
     def run(x):
         codes, values = torch.empty(x.numel(), dtype=torch.uint8), torch.empty(x.numel())
         codec_kernel[(1,)](x, codes, values, signed, x.numel())
@@ -180,7 +186,14 @@ def test_results_do_not_depend_on_chunk_size(rule):
     outcomes = []
     for chunk in (GRAIN_SIZE, 3 * GRAIN_SIZE, 16 * GRAIN_SIZE):
         problem = make_problem(
-            rule, (20000, 3), param_dtype=BF16, grad_dtype=BF16, formats="int8", precision="stochastic", max_norm=0.5, chunk=chunk
+            rule,
+            (20000, 3),
+            param_dtype=BF16,
+            grad_dtype=BF16,
+            formats="int8",
+            precision="stochastic",
+            max_norm=0.5,
+            chunk=chunk,
         )
         problem.run(BACKEND, clip=True)
         outcomes.append([*snapshot(problem), problem.work.norm, problem.work.clip])

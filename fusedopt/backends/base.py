@@ -122,6 +122,24 @@ class Work:
         return out
 
 
+# What the drivers of cuda, triton and cpu know; the reference knows every registered format.
+DRIVER_FORMATS = ("fp32", "bf16", "int8")
+DRIVER_PRECISIONS = ("nearest", "stochastic")
+
+
+def unsupported(key: BucketKey) -> str | None:
+    """Why no driver steps a bucket, whatever its device, or None."""
+    for what, dtype in (("parameters", key.param_dtype), ("gradients", key.grad_dtype)):
+        if dtype not in DTYPE_CODES:
+            return f"its {what} are {dtype}; drivers take {', '.join(map(str, DTYPE_CODES))}"
+    for form in key.formats:
+        if form not in DRIVER_FORMATS:
+            return f"there is no driver for state_format {form!r}, only for {', '.join(DRIVER_FORMATS)}"
+    if key.precision not in DRIVER_PRECISIONS:
+        return f"there is no driver for param_precision {key.precision!r}, only for {', '.join(DRIVER_PRECISIONS)}"
+    return None
+
+
 class Backend(Protocol):
     """Steps buckets. `supports` answers None or the reason why not; `launch` runs one Work on the current stream."""
 

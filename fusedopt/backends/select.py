@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -23,7 +23,7 @@ def backend_names() -> tuple[str, ...]:
     return tuple(_CLASSES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_backend(name: str) -> Backend:
     """The shared instance of a backend. Never fails for a known name: what is missing is its `reason()`."""
     if name not in _CLASSES:

@@ -1,4 +1,4 @@
-"""The Triton backend: one launch of kernels/driver.py per Work, on NVIDIA, AMD and Intel GPUs, or interpreted on the CPU."""
+"""The Triton backend: one launch of kernels/driver.py per Work, on a GPU or interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import shutil
 
 import torch
 
-from fusedopt.abi import DTYPE_CODES, MAX_STATES, Phase
-from fusedopt.backends.base import BucketKey, Work
-from fusedopt.formats import get_format
+from fusedopt.abi import MAX_STATES, Phase
+from fusedopt.backends.base import BucketKey, Work, unsupported
 from fusedopt.kernels.language import missing
 from fusedopt.rule import Rule, get_rule
 
-_FORMATS = ("fp32", "bf16", "int8")
 _TRUST = {None: 0, "gradient": 1, "update": 2}
 
 
@@ -27,7 +25,7 @@ def interpreted() -> bool:
 
 
 def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phase: Phase, aligned: bool) -> dict:
-    """The compile-time arguments of the step kernel: all that is code rather than data. NORM is the same kernel for every rule."""
+    """The compile-time arguments of the step kernel. NORM is the same kernel for every rule."""
     import triton.language as tl
 
     element = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -41,7 +39,9 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
         **{f"F{i}": code for i, code in enumerate(codes)},
         "PARAM": element[param_dtype],
         "GRAD": element[grad_dtype],
-        "STOCHASTIC": precision == "stochastic" and param_dtype != torch.float32 and phase in (Phase.FUSED, Phase.APPLY),
+        "STOCHASTIC": precision == "stochastic"
+        and param_dtype != torch.float32
+        and phase in (Phase.FUSED, Phase.APPLY),
         "PHASE": int(phase),
         "ALIGNED": bool(aligned),
     }
@@ -62,21 +62,18 @@ class TritonBackend:
         return None
 
     def supports(self, key: BucketKey) -> str | None:
-        why = self.reason()
+        why = self.reason() or self._unsuited(key.device) or unsupported(key)
         if why is not None:
-            return f"backend 'triton' cannot run: {why}"
-        if key.device.type == "cpu" and not interpreted():
-            return "backend 'triton' cannot step CPU tensors: move the model to a GPU, or set TRITON_INTERPRET=1 to test without one"
-        if key.device.type not in ("cpu", "cuda", "xpu"):
-            return f"backend 'triton' cannot step tensors on {key.device}: it needs a CUDA, ROCm or XPU device"
-        for what, dtype in (("parameters", key.param_dtype), ("gradients", key.grad_dtype)):
-            if dtype not in DTYPE_CODES:
-                return f"backend 'triton' cannot step {what} of {dtype}: it takes float32, bfloat16 and float16"
-        for name in key.formats:
-            if get_format(name).name not in _FORMATS:
-                return f"backend 'triton' has no encoder for state_format {name!r}: use one of {', '.join(_FORMATS)}"
+            return why
         if get_rule(key.rule).direction is None:
             return f"rule {key.rule!r} has no Triton body"
+        return None
+
+    def _unsuited(self, device: torch.device) -> str | None:
+        if device.type == "cpu" and not interpreted():
+            return "it cannot step CPU tensors. Move the model to a GPU, or set TRITON_INTERPRET=1 to test without one"
+        if device.type not in ("cpu", "cuda", "xpu"):
+            return f"it needs a CUDA, ROCm or XPU device, not {device}. Use backend='reference'"
         return None
 
     def units(self, device: torch.device) -> int:
@@ -88,7 +85,7 @@ class TritonBackend:
     def launch(self, work: Work) -> None:
         chunks = work.chunks.numel()
         if chunks == 0:
-            if work.phase == Phase.NORM:  # nothing but empty tensors, yet their total of 0 has a place in the global norm
+            if work.phase == Phase.NORM:  # only empty tensors, yet their total of 0 has a place in the global norm
                 from fusedopt.backends.reference import ReferenceBackend
 
                 ReferenceBackend().launch(work)

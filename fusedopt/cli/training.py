@@ -20,9 +20,9 @@ from fusedopt.factory import parse_name
 # Learning rate and decoupled weight decay (of matrices) by rule: Lion takes a fifth of AdamW's rate and five times its
 # decay, see its paper. Rules without an entry run with their class's defaults.
 RECIPES = {
-    "adam": {"lr": 2e-3, "betas": (0.9, 0.98)},
-    "adamw": {"lr": 2e-3, "weight_decay": 0.1, "betas": (0.9, 0.98)},
-    "lion": {"lr": 4e-4, "weight_decay": 0.5, "betas": (0.9, 0.99)},
+    "adam": {"lr": 1e-3, "betas": (0.9, 0.95)},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)},
+    "lion": {"lr": 2e-4, "weight_decay": 0.5, "betas": (0.9, 0.99)},
     "lamb": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.98)},
     "sgd": {"lr": 0.2, "momentum": 0.9},
     "lars": {"lr": 5.0, "weight_decay": 1e-4, "momentum": 0.9},

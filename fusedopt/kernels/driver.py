@@ -1,7 +1,8 @@
 """The multi-tensor optimizer step: one kernel for every rule, format, parameter type and phase (csrc/fusedopt.h).
 
-Grid: one program per chunk, `chunk` consecutive elements of one row. A program walks its chunk in tiles of 2048 elements and owns
-the tail: tiles inside the tensor are read and written without masks in 16-byte pieces, the last one of a row with masks.
+Grid: one program per chunk, `chunk` consecutive elements of one row. A program walks its chunk in tiles of 2048
+elements and owns the tail: tiles inside the tensor are read and written without masks in 16-byte pieces, the last one
+of a row with masks.
 """
 
 import triton
@@ -23,12 +24,12 @@ HEAD = tl.constexpr(8)
 
 
 def launch_options(fixed: dict, nvidia: bool) -> dict:
-    """Compile options for the compile-time arguments `fixed`. fp fusion is pinned: its default differs between Triton versions.
+    """Compile options for the compile-time arguments `fixed`. fp fusion is pinned: its default changes in Triton 3.10.
 
-    256 threads, so that each holds 8 elements. Limits on registers: left alone, ptxas takes 150 for two int8 states and one
-    program fills an NVIDIA SM. 128 let 2 programs share it: the leanest step (AdamW with int8 states, 6 bytes read an element)
-    then has 24 KB in flight. 80 let 3, for steps with one fp32 state or none. Three int8 states and unaligned rows need more.
-    The limits spill nowhere (bench gates).
+    256 threads, so that each holds 8 elements. Limits on registers: left alone, ptxas takes 150 for two int8 states and
+    one program fills an NVIDIA SM. 128 let 2 programs share it: the leanest step (AdamW with int8 states, 6 bytes read
+    an element) then has 24 KB in flight. 80 let 3, for steps with one fp32 state or none. Three int8 states and
+    unaligned rows need more. The limits spill nowhere (bench gates).
     """
     options = {"num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
     codes = [fixed[f"F{i}"] for i in range(4) if fixed[f"F{i}"] >= 0]
@@ -53,8 +54,8 @@ def step_tile(
     local = row * 256 + tl.arange(0, 256)[None, :]
     inside = local < numel - first
     whole = numel - first >= TILE
-    # A row's scale once per lane, in one dimension: a (8, 1) tensor of pointers would get a layout that is contiguous over rows, and
-    # every scale would move through shared memory.
+    # A row's scale once per lane, in one dimension: a (8, 1) tensor of pointers would get a layout that is contiguous
+    # over rows, and every scale would move through shared memory.
     block = tl.arange(0, TILE_ROWS * 32) // 32
     inside_blocks = block * 256 < numel - first
     p_at = p_row + first
@@ -102,7 +103,7 @@ def step_tile(
 
 @triton.jit
 def square_sums(p, tile, stop, ALIGNED: tl.constexpr):
-    """(8,) sums of squares of the grains from `tile` on, 512 elements of each at a time: one reduction for all of them."""
+    """(8,) sums of squares of the grains from `tile` on, 512 elements of each at a time: one reduction for all."""
     row = tl.arange(0, TILE_ROWS)[:, None]
     local = row * TILE + tl.arange(0, 512)[None, :]
     first = tile * TILE
@@ -145,7 +146,7 @@ def step_kernel(
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Steps one chunk. Pointers that do not apply are None. TRUST_ON: 0 no trust ratio, 1 on the gradient, 2 on the update.
+    """Steps one chunk. Pointers that do not apply are None. TRUST_ON: 0 no trust ratio, 1 gradient, 2 update.
 
     F0..F3: format code of each state, -1 for none. All numbers are data: nothing here is specialised on their values.
     """

@@ -1,11 +1,11 @@
 """Loads and stores of optimizer states in each Format, on tiles of (rows, 256): the Triton twin of csrc/formats.h.
 
 int8 is the blockwise dynamic map of Dettmers et al. (arXiv 2110.02861) in closed form. With k = code + 1 (unsigned) or
-|code - 127| (signed), n = 2^floor(log2 k) and 10^d the scale of k's decade, both directions use f = (k + 1/2) / n in [1, 2),
-the mantissa of k + 1/2:
+|code - 127| (signed), n = 2^floor(log2 k) and 10^d the scale of k's decade, both directions use f = (k + 1/2) / n in
+[1, 2), the mantissa of k + 1/2:
     value = 10^d (0.9 f - 0.8),   k = floor(n z) with z = value / (0.9 10^d) + 8/9.
-The only table left is 10^d, a product of three selected constants. Lookups lose: tl.gather becomes shuffles at a quarter of
-the rate of arithmetic, a table in global memory needs an address and a load for every entry.
+The only table left is 10^d, a product of three selected constants. Lookups lose: tl.gather becomes shuffles at a
+quarter of the rate of arithmetic, a table in global memory needs an address and a load for every entry.
 """
 
 import triton
@@ -63,7 +63,8 @@ def int8_decode(code, scale, SIGNED: tl.constexpr):
     mb = bits(m)
     f = from_bits((mb & 0x007FFFFF) | 0x3F800000)
     value = tl.where(zero, 0.0, f * 0.9 - 0.8)
-    # The low 3 bits of m's exponent are d + 6. Here and below, multiplying inside the select makes it one predicated multiply.
+    # The low 3 bits of m's exponent are d + 6. Here and below, multiplying inside the select makes it one predicated
+    # multiply.
     value *= tl.where((mb & 0x02000000) != 0, scale * 1e-2, scale * 1e-6)
     value = tl.where((mb & 0x01000000) != 0, value * 1e2, value)
     value = tl.where((mb & 0x00800000) != 0, value * 1e1, value)
@@ -77,8 +78,11 @@ def int8_decode(code, scale, SIGNED: tl.constexpr):
 def int8_encode(x, inverse, SIGNED: tl.constexpr):
     magnitude = bits(x) & 0x7FFFFFFF
     y = from_bits(magnitude) * inverse
-    y = tl.where(y < (1.0 - 0.45 / 128 if SIGNED else 1.0 - 0.45 / 256), y, 1.02)  # NaN too; 1.02 lands on the last code
-    # 154 / 512 is log10(2): the decade of y, or the one below, in the form shift = 23 - log2(n). Its low bits are the power of 10.
+    y = tl.where(
+        y < (1.0 - 0.45 / 128 if SIGNED else 1.0 - 0.45 / 256), y, 1.02
+    )  # NaN too; 1.02 lands on the last code
+    # 154 / 512 is log10(2): the decade of y, or the one below, in the form shift = 23 - log2(n). Its low bits are the
+    # power of 10.
     estimate = tl.umulhi(bits(y), tl.full(y.shape, 154, tl.uint32)).to(tl.int32)
     shift = tl.minimum((55 if SIGNED else 54) - estimate, 23 if SIGNED else 22)
     z = y * tl.where((shift & 4) != 0, 1e3 / 0.9 if SIGNED else 1e4 / 0.9, 0.1 / 0.9 if SIGNED else 1.0 / 0.9)
@@ -103,7 +107,8 @@ def int8_encode(x, inverse, SIGNED: tl.constexpr):
 def row_pointer(table, column, rows, row, TYPE: tl.constexpr, ALIGN: tl.constexpr):
     """A tensor's address from the row table, as a pointer to TYPE, promised to be a multiple of ALIGN bytes.
 
-    The promise is made on the cast itself: made on the result of a call, it is lost when the call is inlined (Triton 3.6).
+    The promise is made on the cast itself: made on the result of a call, it is lost when the call is inlined (Triton
+    3.6).
     """
     p = tl.load(table + column * rows + row).to(tl.pointer_type(TYPE))
     if ALIGN > 1:
@@ -126,7 +131,8 @@ def state_pointer(table, state, rows, row, FORMAT: tl.constexpr, ALIGNED: tl.con
 def load_stream(p, local, inside, whole, other, ALIGNED: tl.constexpr):
     """A tile's elements: without masks, in 16-byte pieces, where the whole tile is inside an aligned tensor.
 
-    The branch is around each access, not around the whole step: a second copy of the arithmetic needs twice the registers.
+    The branch is around each access, not around the whole step: a second copy of the arithmetic needs twice the
+    registers.
     """
     if ALIGNED:
         if whole:

@@ -1,16 +1,16 @@
-"""Deterministic sums over rows (tensors) and over a launch, by whichever program finishes last; global norm and clip coefficient.
+"""Deterministic sums over rows (tensors) and launches by whichever program finishes last; global norm and clipping.
 
 Every program has stored its partial sums, one pair per grain of 2048 elements. It then counts itself finished with an
-acquire-release atomic; barriers before and (inside Triton's scalar atomic) after it extend the order to all its threads. The
-program that finds itself last therefore sees every partial sum, and adds them in an order that does not depend on who is last.
-Counters are left zero.
+acquire-release atomic; barriers before and (inside Triton's scalar atomic) after it extend the order to all its
+threads. The program that finds itself last therefore sees every partial sum, and adds them in an order that does not
+depend on who is last. Counters are left zero.
 """
 
 import triton
 import triton.language as tl
 
-# Pairs per iteration: 8 loads of 8 bytes in flight for each of 256 threads, since one program reads all partial sums of a tensor.
-# More would cost registers, so occupancy, in the loop that reads the gradients.
+# Pairs per iteration: 8 loads of 8 bytes in flight for each of 256 threads, since one program reads all partial sums of
+# a tensor. More would cost registers, so occupancy, in the loop that reads the gradients.
 PAIRS = tl.constexpr(2048)
 ROWS = tl.constexpr(256)
 
@@ -35,7 +35,9 @@ def row_sums(partials, count):
     start = count * 0
     while start < count:
         # .cg: not from this SM's L1, which other programs' stores do not reach
-        total += tl.load(partials + (start + index) * 2 + side, mask=start + index < count, other=0.0, cache_modifier=".cg")
+        total += tl.load(
+            partials + (start + index) * 2 + side, mask=start + index < count, other=0.0, cache_modifier=".cg"
+        )
         start += PAIRS
     return tl.sum(total, axis=0)
 
@@ -57,7 +59,7 @@ def launch_total(table, partials, rows):
 
 @triton.jit
 def finish_norm(totals, total, index, count, grad_scale, norm, clip, max_norm):
-    """Leaves this launch's total; the last launch combines all: norm after unscaling, and torch's clip_grad_norm_ coefficient."""
+    """Leaves this launch's total; the last combines all: norm after unscaling, torch's clip_grad_norm_ coefficient."""
     tl.store(totals + index, total)
     if index == count - 1:
         launch = index * 0

@@ -1,6 +1,7 @@
 """Parameter stores: rounding to nearest, and stochastic rounding with Philox4x32-10 (Salmon et al., SC 2011).
 
-The bits of csrc/precision.h and csrc/philox.h: key = seed, counter = (element // 8, tensor id, step), 16 bits an element.
+The bits of csrc/precision.h and csrc/philox.h: key = seed, counter = (element // 8, tensor id, step), 16 bits an
+element.
 """
 
 import triton
@@ -13,10 +14,13 @@ from fusedopt.kernels.formats import bits, store_stream, to_bf16
 def uniform16(seed, step, tensor, octet, ROWS: tl.constexpr):
     """uint32 (ROWS, 256) random words below 2^16. octet: int64 (ROWS, 32), the index of each 8 consecutive elements.
 
-    One Philox call per 8 elements; joins put word w and half h of an octet at its element 2 w + h, in the lane that drew them.
+    One Philox call per 8 elements; joins put word w and half h of an octet at its element 2 w + h, in the lane that
+    drew them.
     """
     low = octet.to(tl.uint32)
-    c0, c1, c2, c3 = tl.philox(seed, low, (octet >> 32).to(tl.uint32), low * 0 + tensor.to(tl.uint32), low * 0 + step.to(tl.uint32))
+    c0, c1, c2, c3 = tl.philox(
+        seed, low, (octet >> 32).to(tl.uint32), low * 0 + tensor.to(tl.uint32), low * 0 + step.to(tl.uint32)
+    )
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # last axes: word // 2, word % 2
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 256))
 

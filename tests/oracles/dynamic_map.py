@@ -1,4 +1,4 @@
-"""The dynamic tree map of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al., arXiv 2110.02861), bit by bit.
+"""The dynamic tree map of "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), bit by bit.
 
 A code is: a sign bit (signed map), a run of zeros (the decimal exponent), a one (the indicator), and a linear fraction
 of the bits that are left: the midpoints of equal parts of [0.1, 1].
