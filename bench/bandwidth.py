@@ -1,21 +1,21 @@
 """Bandwidth probes of the present machine: what a step's bytes are held against. Run inside every round of a benchmark.
 
-copy: one buffer into another (bytes read + written). stream: the traffic of an fp32 AdamW step in place, 4 reads and
-3 writes, as three additions over blocks small enough for g to stay in cache. CPU copies pay for loading the lines they
-overwrite, in-place streams do not, so a good in-place step exceeds the copy bandwidth there.
+copy: one buffer into another (bytes read + written). stream: an addition in place (2 reads and 1 write), which is how
+an optimizer step uses memory. CPU copies pay for loading the lines they overwrite, in-place streams do not, so a good
+step exceeds the copy bandwidth there. Both are one torch operation, one parallel region: on a busy machine each further
+one would wait for its slowest thread.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-STREAM_BLOCK = 1 << 19  # elements: four fp32 blocks are 8 MB
 
-
-def bench_device(device: torch.device, work) -> float:
-    """Seconds of work() by CUDA events, or by the clock on a CPU."""
+def seconds(device: torch.device, work: Callable) -> float:
+    """Duration of work() by CUDA events, or by the clock on a CPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -29,37 +29,19 @@ def bench_device(device: torch.device, work) -> float:
 
 
 class Probe:
-    """Buffers of `size` bytes for the probes. copy() and stream() give bytes per second of one pass."""
+    """Two buffers of `size` bytes; copy() and stream() give bytes per second of one pass over them."""
 
     def __init__(self, device: torch.device, size: int):
-        self.device, self.size = device, size
-        self.source = torch.ones(self.size // 4, device=device)
+        self.device = device
+        self.source = torch.full((size // 4,), 1e-9, device=device)
         self.target = torch.zeros_like(self.source)
-        self.tensors: list[tuple[torch.Tensor, ...]] = []
-        if device.type == "cpu":
-            streams = [torch.ones(self.size // 16) for _ in range(4)]
-            self.tensors = list(zip(*(s.split(STREAM_BLOCK) for s in streams), strict=True))
+        self.bytes = 4 * self.source.numel()
         for _ in range(2):
             self.copy()
             self.stream()
 
-    @property
-    def bytes(self) -> int:
-        return self.size * (3 if self.tensors else 2)
-
     def copy(self) -> float:
-        seconds = bench_device(self.device, lambda: self.target.copy_(self.source))
-        return 2 * self.source.numel() * 4 / seconds
+        return 2 * self.bytes / seconds(self.device, lambda: self.target.copy_(self.source))
 
-    def _stream(self) -> None:
-        for p, m, v, g in self.tensors:
-            p.add_(g, alpha=1e-9)
-            m.add_(g, alpha=1e-9)
-            v.add_(g, alpha=1e-9)
-
-    def stream(self) -> float | None:
-        """None on a GPU, where the copy is the ceiling."""
-        if not self.tensors:
-            return None
-        seconds = bench_device(self.device, self._stream)
-        return 7 * 4 * (self.size // 16) / seconds
+    def stream(self) -> float:
+        return 3 * self.bytes / seconds(self.device, lambda: self.target.add_(self.source))

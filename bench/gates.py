@@ -25,9 +25,10 @@ from fusedopt.rule import get_rule
 
 OK, FAIL, UNCHECKED = "ok", "FAIL", "not checked"
 PARTS = ("bytes", "launches", "cuda", "triton")
-# Registers of a thread: 65536 / 128 = 512 threads an SM (or 4 waves a SIMD), 64 KB of fp32 reads in flight, where an
-# H200 needs 25 KB to reach its bandwidth. Unaligned tensors take the slow path: no spills, and that is all.
-REGISTERS, UNALIGNED_REGISTERS = 128, 255
+# Registers of a thread that leave room for 512 threads on an SM (65536 registers) or a compute unit of CDNA (131072).
+# With 8 elements each of int8 AdamW on bf16 they have 24 KB in flight; an H200 needs about 25 KB for its bandwidth.
+REGISTERS = {"sm": 128, "gfx": 256}
+UNALIGNED_REGISTERS = 255  # the slow path: no spills, and that is all
 
 # Bytes per parameter and step with fp32, bf16 and int8 states: each stream once per read and once per write.
 LIMITS = {
@@ -169,12 +170,14 @@ def _wide(counts: dict, bits: int) -> int:
     return sum(n for width, n in counts.items() if width >= bits)
 
 
-def resource_gates(part: str, row: dict, loads: tuple, stores: tuple, ceiling: int = REGISTERS) -> list[Gate]:
+def resource_gates(part: str, row: dict, loads: tuple, stores: tuple, aligned: bool = True) -> list[Gate]:
     """Gates of one compiled kernel.
 
     row: of gates_cuda.resources or gates_triton.resources. loads, stores: the fewest (16-byte, 8-byte) accesses.
     """
-    what = f"{row['kernel']} {row.get('arch') or row.get('target')}"
+    target = row.get("arch") or row["target"]
+    what = f"{row['kernel']} {target}"
+    ceiling = REGISTERS["gfx" if target.startswith("gfx") else "sm"] if aligned else UNALIGNED_REGISTERS
     registers, spills = row["registers"], row["spills"]
     rows = [
         Gate(part, f"{what}: registers", str(registers), f"<= {ceiling}", OK if registers <= ceiling else FAIL),
@@ -232,7 +235,7 @@ def triton_gates(targets: list[str] | None) -> list[Gate]:
             coded = formats.count("int8")
             loads = (2 + states - coded, coded)
             stores = (0, 0) if case.phase == Phase.PROBE else (1 + states - coded, coded)
-        rows += resource_gates("triton", row, loads, stores, REGISTERS if case.aligned else UNALIGNED_REGISTERS)
+        rows += resource_gates("triton", row, loads, stores, case.aligned)
     return rows
 
 

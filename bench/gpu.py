@@ -97,7 +97,7 @@ def plot(folder: Path, dry: bool) -> list[list[str]]:
 def demo(folder: Path, dry: bool) -> list[list[str]]:
     small = []
     if dry:
-        small = "--device cpu --steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2".split()
+        small = "--device cpu --optim adamw --steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2".split()
     return [python("-m", "fusedopt", "demo", "--out", folder / "demo.png", "--json", folder / "demo.json", *small)]
 
 
@@ -123,7 +123,7 @@ PARTS = (
     Part("graph", 40, checks("graph")),
     Part("measure", 170, measure),
     Part("plot", 30, plot),
-    Part("demo", 60, demo),
+    Part("demo", 90, demo),
     Part("gates", 90, gates),
     Part("kernel_tests", 100, kernel_tests),
 )

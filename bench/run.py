@@ -178,7 +178,7 @@ def grouping(case, chosen, free: float) -> tuple[list[list], int, dict[str, str]
     return groups, 1, reasons
 
 
-def summary(contender: Contender, base: Contender | None, case, copies: list[float], streams: list) -> dict:
+def summary(contender: Contender, base: Contender | None, case, copies: list[float], streams: list[float]) -> dict:
     """The JSON record of one provider."""
     seconds = contender.seconds
     out = {
@@ -190,14 +190,12 @@ def summary(contender: Contender, base: Contender | None, case, copies: list[flo
         "bytes_per_step": contender.bytes,
         "bytes_per_parameter": contender.bytes / case.elements,
         "share_of_copy": quartiles([contender.bytes / (c * s) for c, s in zip(copies, seconds, strict=True)]),
-        "share_of_stream": None,
+        "share_of_stream": quartiles([contender.bytes / (c * s) for c, s in zip(streams, seconds, strict=True)]),
         "ratio": None,
         "extra_bytes": contender.extra,
         "launches": contender.launches,
         "rounds_ms": [round(1e3 * s, 6) for s in seconds],
     }
-    if None not in streams:
-        out["share_of_stream"] = quartiles([contender.bytes / (c * s) for c, s in zip(streams, seconds, strict=True)])
     if base is not None:
         ratios = [a / b for a, b in zip(seconds, base.seconds, strict=True)]
         out["ratio"] = {"to": base.provider.name, **quartiles(ratios)}
@@ -232,7 +230,7 @@ def run_group(case, device, group, sets, rounds, probe, tick) -> tuple[list[dict
     held = sum(p.state_bytes(case) + case.parameter_bytes for p in group)
     info = {
         "copy_gb_per_s": quartiles([c / 1e9 for c in copies]),
-        "stream_gb_per_s": None if None in streams else quartiles([s / 1e9 for s in streams]),
+        "stream_gb_per_s": quartiles([s / 1e9 for s in streams]),
         "working_set_bytes": sets * held + len(arena.gradients) * case.gradient_bytes,
     }
     return records, info
@@ -305,11 +303,12 @@ def table(record: dict, cache: int = 0) -> str:
     size = f"{record['tensors']} tensors, {record['elements'] / 1e6:.2f}M elements"
     lines = [f"{record['case']}: {size}, {record['param_dtype']}"]
     for info in record["groups"]:
-        stream = info["stream_gb_per_s"]
-        also = "" if stream is None else f", in-place 4r3w stream {stream['median']:.1f} GB/s"
+        copy, stream = (info[name]["median"] for name in ("copy_gb_per_s", "stream_gb_per_s"))
         size = info["working_set_bytes"]
         note = "; fits in cache, shares of memory bandwidth mean little" if size < 2 * cache else ""
-        lines.append(f"  copy {info['copy_gb_per_s']['median']:.1f} GB/s{also}; working set {size / 1e6:.0f} MB{note}")
+        lines.append(
+            f"  copy {copy:.1f} GB/s, in-place stream {stream:.1f} GB/s; working set {size / 1e6:.0f} MB{note}"
+        )
     lines.append(
         f"  {'provider':34}{'B/param':>8}{'ms median (quartiles)':>30}{'x baseline':>11}{'of copy':>9}{'of stream':>10}"
         f"{'host us/tensor':>15}{'extra MB':>9}{'launches':>9}"
@@ -320,10 +319,9 @@ def table(record: dict, cache: int = 0) -> str:
         ms, extra = r["ms"], r["extra_bytes"]
         times = f"{ms['median']:.3f} ({ms['q1']:.3f}-{ms['q3']:.3f})"
         ratio = "-" if r["ratio"] is None else f"{r['ratio']['median']:.2f}"
-        stream = "-" if r["share_of_stream"] is None else f"{r['share_of_stream']['median']:.0%}"
         lines.append(
             f"  {r['provider']:34}{r['bytes_per_parameter']:8.2f}{times:>30}{ratio:>11}"
-            f"{r['share_of_copy']['median']:9.0%}{stream:>10}{r['host_us_per_tensor']['median']:15.3f}"
+            f"{r['share_of_copy']['median']:9.0%}{r['share_of_stream']['median']:10.0%}{r['host_us_per_tensor']['median']:15.3f}"
             f"{'-' if extra is None else f'{extra / 1e6:.1f}':>9}{'-' if r['launches'] is None else r['launches']:>9}"
         )
     reasons: dict[str, list[str]] = {}
