@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -43,6 +44,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def load_average() -> float | None:
+    """Runnable processes over the last minute, where the system tells."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def last_level_cache(device: torch.device) -> int:
     """Bytes of the largest cache in front of memory, 0 where unknown."""
     if device.type == "cuda":
@@ -63,6 +72,7 @@ def stamp(device: torch.device) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "load_average": load_average(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": last_level_cache(device),
         "versions": versions(),

@@ -368,6 +368,12 @@ def main(args: argparse.Namespace) -> int:
     limit = args.elements or (1 << 22 if args.quick else math.inf)
     chosen_cases = [case.shrunk(limit) for case in chosen_cases]
     rounds = args.rounds or (5 if args.quick else 12)
+    load = machine.load_average()
+    if load is not None and load > 0.5:
+        print(
+            f"note: load average {load} before the start. Other processes stretch every parallel region to their time "
+            "slice, most of all for optimizers that open many; do not quote this run.\n"
+        )
     probe = (args.probe_mb or (64 if args.quick else 1024 if device.type == "cuda" else 256)) << 20
     document = measure(chosen_cases, chosen, device, rounds, probe, show=lambda text: print(text + "\n", flush=True))
     path = output_path(args.out, device)

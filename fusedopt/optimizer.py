@@ -213,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._plan is None or self.clip_grad_norm is None:
             return None
         norm = self._plan.grad_norm()
-        return None if norm is None else norm.float()
+        return None if norm is None else norm.to(torch.float32, copy=True)
 
     def plan(self) -> PlanReport:
         """What a step would launch with the present gradients: `print(opt.plan().explain())`.

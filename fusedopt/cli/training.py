@@ -38,12 +38,12 @@ class Setup:
     corpus: Corpus
     device: torch.device
     steps: int
-    batch: int = 12
-    context: int = 128
+    batch: int = 24
+    context: int = 64
     width: int = 256
     layers: int = 3
     heads: int = 4
-    held_out_windows: int = 96
+    held_out_windows: int = 192
     seed: int = 0
     dtype: torch.dtype = torch.float32
     param_precision: str = "nearest"
