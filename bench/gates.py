@@ -25,10 +25,9 @@ from fusedopt.rule import get_rule
 
 OK, FAIL, UNCHECKED = "ok", "FAIL", "not checked"
 PARTS = ("bytes", "launches", "cuda", "triton")
-# Registers of a thread that leave room for 512 threads on an SM (65536 registers) or a compute unit of CDNA (131072).
-# With 8 elements each of int8 AdamW on bf16 they have 24 KB in flight; an H200 needs about 25 KB for its bandwidth.
-REGISTERS = {"sm": 128, "gfx": 256}
-UNALIGNED_REGISTERS = 255  # the slow path: no spills, and that is all
+# Registers of a thread that leave room for 512 threads on an SM (65536 registers): with 8 elements each of int8 AdamW on
+# bf16 they have 24 KB in flight, and an H200 needs about 25 KB for its bandwidth.
+REGISTERS = 128
 
 # Bytes per parameter and step with fp32, bf16 and int8 states: each stream once per read and once per write.
 LIMITS = {
@@ -170,14 +169,13 @@ def _wide(counts: dict, bits: int) -> int:
     return sum(n for width, n in counts.items() if width >= bits)
 
 
-def resource_gates(part: str, row: dict, loads: tuple, stores: tuple, aligned: bool = True) -> list[Gate]:
+def resource_gates(part: str, row: dict, loads: tuple, stores: tuple, ceiling: int = REGISTERS) -> list[Gate]:
     """Gates of one compiled kernel.
 
     row: of gates_cuda.resources or gates_triton.resources. loads, stores: the fewest (16-byte, 8-byte) accesses.
     """
     target = row.get("arch") or row["target"]
     what = f"{row['kernel']} {target}"
-    ceiling = REGISTERS["gfx" if target.startswith("gfx") else "sm"] if aligned else UNALIGNED_REGISTERS
     registers, spills = row["registers"], row["spills"]
     rows = [
         Gate(part, f"{what}: registers", str(registers), f"<= {ceiling}", OK if registers <= ceiling else FAIL),
@@ -235,7 +233,7 @@ def triton_gates(targets: list[str] | None) -> list[Gate]:
             coded = formats.count("int8")
             loads = (2 + states - coded, coded)
             stores = (0, 0) if case.phase == Phase.PROBE else (1 + states - coded, coded)
-        rows += resource_gates("triton", row, loads, stores, case.aligned)
+        rows += resource_gates("triton", row, loads, stores, module.register_ceiling(case, row["target"]))
     return rows
 
 

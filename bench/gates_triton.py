@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fusedopt.abi import Phase
+from fusedopt.rule import get_rule
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -33,6 +34,13 @@ class Case(NamedTuple):
         types = f"p:{short[self.param]} g:{short[self.grad]}"
         text = f"{self.rule} {formats} {types} {self.precision} {self.phase.name.lower()}"
         return text if self.aligned else text + " unaligned"
+
+
+def register_ceiling(case: Case, target: str) -> int:
+    """128 registers of 256 threads let two programs share an NVIDIA SM. Three int8 states and unaligned rows run one."""
+    if target.startswith("gfx"):
+        return 256
+    return 192 if not case.aligned or case.formats == "int8" and len(get_rule(case.rule).states) > 2 else 128
 
 
 # Every rule in its cheapest and its densest storage; other formats, types and phases where they take other code.

@@ -39,7 +39,7 @@ def unit(out: Path, stem: str, driver: str, suffix: str) -> Path:
 def registry(out: Path) -> Path:
     """rules.inc: `FO_LIST(Type)` per rule in id order, after the includes of their headers; the including file defines FO_LIST."""
     lines = []
-    for stem, types in rules().items():
+    for _stem, types in rules().items():
         lines += [f"FO_LIST({name})" for name in types]
     includes = [f'#include "rules/{stem}.h"' for stem in rules()]
     _write(out / "rule_headers.inc", "\n".join(includes) + "\n")

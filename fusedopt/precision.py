@@ -1,4 +1,4 @@
-"""ParamPrecision: how an updated fp32 parameter is stored in 16 bits, with the pure-torch rounding the drivers must match bit for bit.
+"""ParamPrecision: how an updated fp32 parameter is stored in 16 bits; the drivers match this pure-torch rounding bit for bit.
 
 Stochastic rounding draws 16 bits per element from Philox4x32-10 (Salmon et al., SC 2011) with key = seed and
 counter = (element // 8, tensor id, step): independent of backend, grid, chunk and thread count.

@@ -148,9 +148,7 @@ def make_problem(
         first += grains[i]
     scalars = bytearray(4 * abi.SCALAR_STRIDE * len(rows))
     for i, row in enumerate(rows):
-        abi.pack_scalar_row(
-            scalars, i, (row.lr, row.decay, row.l2, row.grad_sign), row.seed, row.step, row.scalars
-        )
+        abi.pack_scalar_row(scalars, i, (row.lr, row.decay, row.l2, row.grad_sign), row.seed, row.step, row.scalars)
     aligned = all(t.data_ptr() % 16 == 0 for it in items for t in (it.param, it.grad, *it.states))
     key = BucketKey(torch.device("cpu"), "", rule, param_dtype, grad_dtype, tuple(names), precision, aligned)
     norms = max_norm > 0 or declared.trust_on == "gradient"
@@ -212,12 +210,14 @@ def assert_close(problem: Problem, exact: Problem, lr: float = HYPER["lr"]) -> N
     """Every tensor after a step against the oracle.
 
     fp32 values: 4 ulp, plus what cancelling sums may lose: 4 ulp of the largest element of a first moment, its share
-    2 g dg in a second moment, and 2e-5 lr in the parameter (a quotient of the two). 16-bit values: the neighbouring value where fp32 rounding crossed a tie, in at most 1 % of the
-    elements. Codes: one step of the map, in at most 1 %.
+    2 g dg in a second moment, and 2e-5 lr in the parameter (a quotient of the two). 16-bit values: the neighbouring value where fp32 rounding
+    crossed a tie, in at most 1 % of the elements. Codes: one step of the map, in at most 1 %.
     """
     rule, forms = exact.work.rule, exact.work.formats
     largest = [
-        max(float(it.states[k].double().abs().max()) for it in exact.work.items if it.param.numel()) if not form.block else 0.0
+        max(float(it.states[k].double().abs().max()) for it in exact.work.items if it.param.numel())
+        if not form.block
+        else 0.0
         for k, form in enumerate(forms)
     ]
     for got, want in zip(problem.work.items, exact.work.items, strict=True):
@@ -231,7 +231,9 @@ def assert_close(problem: Problem, exact: Problem, lr: float = HYPER["lr"]) -> N
                 torch.testing.assert_close(sa, sb, rtol=1e-5, atol=0)
                 difference = (a.int() - b.int()).abs()
                 assert difference.max() <= 1, f"{state.name}: codes differ by {difference.max()}"
-                assert (difference > 0).sum() <= max(1, 0.01 * a.numel()), f"{state.name}: {(difference > 0).sum()} codes differ"
+                assert (difference > 0).sum() <= max(1, 0.01 * a.numel()), (
+                    f"{state.name}: {(difference > 0).sum()} codes differ"
+                )
             else:
                 _close(a, b, 4.8e-7 * (largest[k] if state.signed else (b.double() * largest[k]).sqrt()), state.name)
 
@@ -244,7 +246,9 @@ def _close(got: torch.Tensor, want: torch.Tensor, atol, what: str) -> None:
         assert (error <= bound).all(), f"{what}: error {error[worst]:.3g} against a bound of {bound[worst]:.3g}"
         return
     off = error > 0
-    assert (error <= 1.01 * ulp(want) + atol).all(), f"{what}: differs by more than one {got.dtype} value: {error.max():.3g}"
+    assert (error <= 1.01 * ulp(want) + atol).all(), (
+        f"{what}: differs by more than one {got.dtype} value: {error.max():.3g}"
+    )
     assert off.sum() <= max(1, 0.01 * got.numel()), f"{what}: {int(off.sum())} of {got.numel()} values differ"
 
 

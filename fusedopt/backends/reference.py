@@ -52,7 +52,9 @@ class ReferenceBackend:
         total = torch.zeros((), dtype=work.totals.dtype, device=work.totals.device)
         keep = torch.is_grad_enabled()
         for item in work.items:
-            pair = torch.stack([flat(t).to(self._dtype(item), copy=keep).square().sum() for t in (item.param, item.grad)])
+            pair = torch.stack(
+                [flat(t).to(self._dtype(item), copy=keep).square().sum() for t in (item.param, item.grad)]
+            )
             if work.sums is not None:
                 work.sums[item.tensor_id] = pair
             total += pair[1]
