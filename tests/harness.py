@@ -210,8 +210,8 @@ def assert_close(problem: Problem, exact: Problem, lr: float = HYPER["lr"]) -> N
     """Every tensor after a step against the oracle.
 
     fp32 values: 4 ulp, plus what cancelling sums may lose: 4 ulp of the largest element of a first moment, its share
-    2 g dg in a second moment, and 2e-5 lr in the parameter (a quotient of the two). 16-bit values: the neighbouring value where fp32 rounding
-    crossed a tie, in at most 1 % of the elements. Codes: one step of the map, in at most 1 %.
+    2 g dg in a second moment, and 2e-5 lr in the parameter (a quotient of the two). 16-bit values: the neighbouring
+    value where fp32 rounding crossed a tie, in at most 1 % of the elements. Codes: one step of the map, in at most 1 %.
     """
     rule, forms = exact.work.rule, exact.work.formats
     largest = [
