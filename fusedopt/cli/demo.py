@@ -131,7 +131,7 @@ def report(runs: list[Run], device: torch.device) -> str:
             f"{run.state_bytes / run.parameters:.2f}", f"{100 * run.state_bytes / first.state_bytes:.1f} %",
             f"{1e3 * run.step_time:.2f}", f"{1e3 * run.iteration_time:.0f}", f"{run.memory / 2**20:.1f}",
         ])  # fmt: skip
-    headers = ["optimizer", "train loss", "held-out", "to torch", "state B/param", "to torch", "step ms",
+    headers = ["optimizer", "train loss", "held-out", "vs torch", "state B/param", "of torch", "step ms",
                "iteration ms", "peak MiB"]  # fmt: skip
     memory = (
         "peak of the GPU's allocator"
