@@ -1,8 +1,9 @@
 // The multi-tensor step on a CPU: for every chunk of the launch decode, rule, encode. Compiled once per rule and instruction set.
 //
-// fp32 streams are stepped where they lie; the others go through buffers of one tile, so every rule has one vectorised loop.
+// fp32 and bf16 streams are stepped where they lie, in one vectorised loop; int8, fp16 and stochastic rounding go through buffers.
 // Each element belongs to exactly one chunk; the last chunk of a row and its last tile are short.
 #pragma once
+#include "../precision.h"
 #include "../stages.h"
 #include "parallel.h"
 #include "reduce.h"
@@ -10,37 +11,80 @@
 
 namespace fo {
 
-// Steps n elements in fp32. Without Store it writes the update to `u` and nothing else. Unused states are null.
-template <class Rule, bool Store>
-static __attribute__((noinline)) void update(int64_t n, const float* __restrict g, float* __restrict p, float* __restrict state0,
-                                             float* __restrict state1, float* __restrict state2, float* __restrict state3,
+static FO_HD float load(float x) { return x; }
+static FO_HD float load(uint16_t x) { return bf16_to_float(x); }
+static FO_HD void store(float* to, float x) { *to = x; }
+static FO_HD void store(uint16_t* to, float x) { *to = float_to_bf16(x); }
+
+// Steps n elements of streams that are fp32 or bf16 (uint16_t). Without Store it writes the update to `u` and nothing else.
+// Unused states are null.
+template <class Rule, bool Store, class G, class P, class S>
+static __attribute__((noinline)) void update(int64_t n, const G* __restrict g, P* __restrict p, S* __restrict state0,
+                                             S* __restrict state1, S* __restrict state2, S* __restrict state3,
                                              float* __restrict u, const Stage s, const typename Rule::Scalars scalars) {
   constexpr int states = Rule::state_count;
   for (int64_t i = 0; i < n; ++i) {
-    float x = p[i], a = 0.f, b = 0.f, c = 0.f, d = 0.f;
-    if constexpr (states > 0) a = state0[i];
-    if constexpr (states > 1) b = state1[i];
-    if constexpr (states > 2) c = state2[i];
-    if constexpr (states > 3) d = state3[i];
-    float direct = direction<Rule>(prologue(g[i], x, s), x, a, b, c, d, scalars);
+    float x = load(p[i]), a = 0.f, b = 0.f, c = 0.f, d = 0.f;
+    if constexpr (states > 0) a = load(state0[i]);
+    if constexpr (states > 1) b = load(state1[i]);
+    if constexpr (states > 2) c = load(state2[i]);
+    if constexpr (states > 3) d = load(state3[i]);
+    float direct = direction<Rule>(prologue(load(g[i]), x, s), x, a, b, c, d, scalars);
     if constexpr (Store) {
-      if constexpr (states > 0) state0[i] = a;
-      if constexpr (states > 1) state1[i] = b;
-      if constexpr (states > 2) state2[i] = c;
-      if constexpr (states > 3) state3[i] = d;
-      p[i] = epilogue(x, direct, s);
+      if constexpr (states > 0) store(state0 + i, a);
+      if constexpr (states > 1) store(state1 + i, b);
+      if constexpr (states > 2) store(state2 + i, c);
+      if constexpr (states > 3) store(state3 + i, d);
+      store(p + i, epilogue(x, direct, s));
     } else {
       u[i] = direct;
     }
   }
 }
 
+// A chunk whose streams are all stepped where they lie.
 template <class Rule>
-static bool in_place(const Launch& launch) {
-  bool fp32 = launch.param_dtype == kF32 && launch.grad_dtype == kF32;
-  for (int i = 0; i < Rule::state_count; ++i) fp32 &= (launch.formats[i] & kFormatMask) == kFormatF32;
-  return fp32;
-}
+struct InPlace {
+  const Launch& launch;
+  const Row& row;
+  int64_t start, n;
+  const Stage& stage;
+  const typename Rule::Scalars& scalars;
+
+  template <class T>
+  T* at(int column) const { return reinterpret_cast<T*>(row[column]) + start; }
+
+  template <class G, class P, class S>
+  void run() const {
+    S* s[kMaxStates] = {};
+    for (int i = 0; i < Rule::state_count; ++i) s[i] = at<S>(kState + i);
+    update<Rule, true>(n, at<const G>(kGrad), at<P>(kParam), s[0], s[1], s[2], s[3], nullptr, stage, scalars);
+  }
+
+  template <class G, class P>
+  bool by_state() const {
+    bool fp32 = true, bf16 = Rule::state_count > 0;
+    for (int i = 0; i < Rule::state_count; ++i) {
+      fp32 &= (launch.formats[i] & kFormatMask) == kFormatF32;
+      bf16 &= (launch.formats[i] & kFormatMask) == kFormatBF16;
+    }
+    if (fp32) run<G, P, float>();
+    else if (bf16) run<G, P, uint16_t>();
+    return fp32 || bf16;
+  }
+
+  template <class G>
+  bool by_param() const {
+    if (launch.param_dtype == kF32) return by_state<G, float>();
+    return launch.param_dtype == kBF16 && launch.precision == kNearest && by_state<G, uint16_t>();
+  }
+
+  // False where a stream needs decoding through a buffer.
+  bool operator()() const {
+    if (launch.grad_dtype == kF32) return by_param<float>();
+    return launch.grad_dtype == kBF16 && by_param<uint16_t>();
+  }
+};
 
 template <class Rule, bool Store>
 static void step_chunk(const Launch& launch, int64_t chunk) {
@@ -57,13 +101,7 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   const Stage stage = make_stage<Rule>(launch, launch.phase, head, scalars, tensor);
 
   const int64_t g = row[kGrad], p = row[kParam];
-  if (Store && in_place<Rule>(launch)) {
-    auto at = [&](int64_t address) { return reinterpret_cast<float*>(address) + start; };
-    float* s[kMaxStates] = {};
-    for (int i = 0; i < Rule::state_count; ++i) s[i] = at(row[kState + i]);
-    update<Rule, true>(n, at(g), at(p), s[0], s[1], s[2], s[3], nullptr, stage, scalars);
-    return;
-  }
+  if (Store && InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
 
   alignas(64) float buffer[3 + Rule::state_count][kTile];
   SquareSum param_sum, update_sum;
