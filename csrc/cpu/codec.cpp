@@ -1,11 +1,5 @@
 // int8 blocks: absmax, then codes in vectors where the instruction set has permutations, otherwise element by element.
-#if defined(__AVX512F__)
-#include "codec_avx512.h"
-#elif defined(__AVX2__)
-#include "codec_avx2.h"
-#else
-#include "codec_portable.h"
-#endif
+#include "codec.h"
 #include "tile.h"
 
 #include <cstring>
@@ -41,12 +35,7 @@ static void encode_tile(const float* __restrict values, int n, uint8_t* __restri
   float inverse[kTile / kBlock];
   for (int i = 0; i < n; i += kBlock) {
     const int count = n - i < kBlock ? n - i : kBlock;
-    uint32_t largest = 0;
-    for (int k = 0; k < count; ++k) {
-      const uint32_t m = magnitude(values[i + k]);
-      largest = m > largest ? m : largest;
-    }
-    const float scale = block_scale(largest);
+    const float scale = scale_of(values + i, count);
     scales[i / kBlock] = scale;
     inverse[i / kBlock] = inverse_scale(scale);
   }
@@ -54,8 +43,8 @@ static void encode_tile(const float* __restrict values, int n, uint8_t* __restri
   for (int i = 0; i < n; i += kBlock) {
     const int count = n - i < kBlock ? n - i : kBlock;
     const float factor = inverse[i / kBlock];
-    if (!Signed && !(factor > 0.f)) {  // the lanes leave this case out
-      std::memset(codes + i, 0, size_t(count));
+    if (!(factor > 0.f)) {
+      encode_unscaled<Signed>(values + i, count, codes + i);
     } else {
       for_lanes(values + i, codes + i, count,
                 [&](const float* in, uint8_t* out) __attribute__((always_inline)) { encoder.run(in, factor, out); });

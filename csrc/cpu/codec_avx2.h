@@ -7,7 +7,7 @@
 
 namespace fo {
 
-constexpr int kLanes = 8;
+constexpr int kLanes = 8, kWide = 8;
 
 FO_HD __m256 lookup8(__m256 table, __m256i index) { return _mm256_permutevar8x32_ps(table, index); }  // index modulo 8
 
@@ -74,6 +74,8 @@ struct Encoder {
     __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(words, words));
   }
+
+  FO_HD void run_wide(const float* values, float inverse_scale, uint8_t* codes) const { run(values, inverse_scale, codes); }
 };
 
 }  // namespace fo

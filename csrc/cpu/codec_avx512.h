@@ -7,7 +7,7 @@
 
 namespace fo {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kWide = 64;
 
 // Decade j of k = [2^j, 2^(j+1)) has exponent 127 + j, of which a permutation takes 4 bits.
 template <bool Signed>
@@ -75,29 +75,37 @@ struct Encoder {
     FO_HD __m512 operator[](__m512i index) const { return _mm512_permutex2var_ps(head, index, tail); }
   };
   Table boundary{tables.boundary}, low{tables.low}, inverse{tables.inverse}, last{tables.last};
-  FO_HD void run(const float* values, float inverse_scale, uint8_t* codes) const {
+
+  // Codes of 16 finite values as integers: -1 stands for 0 (the missing -1.0).
+  FO_HD __m512i code(const float* values, float inverse_scale) const {
     // Unsigned: y below the first value is that value. Signed: 2^-24 is below the smallest boundary, where k = 0.
     const __m512 smallest = _mm512_set1_ps(Signed ? 5.9604644775390625e-8f : make_int8_map(false).low[0]);
     __m512 x = _mm512_loadu_ps(values), magnitude = _mm512_abs_ps(x);
-    __m512 y = _mm512_min_ps(_mm512_mul_ps(magnitude, _mm512_set1_ps(inverse_scale)), _mm512_set1_ps(1.f));  // NaN gives the second operand
-    y = _mm512_max_ps(y, smallest);
+    __m512 y = _mm512_max_ps(_mm512_mul_ps(magnitude, _mm512_set1_ps(inverse_scale)), smallest);
     __m512i e = _mm512_srli_epi32(_mm512_castps_si512(y), 23);
     e = _mm512_mask_sub_epi32(e, _mm512_cmp_ps_mask(y, boundary[e], _CMP_LT_OQ), e, _mm512_set1_epi32(1));
     __m512 end = last[e], i = _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(y, low[e]), inverse[e]), end);
     constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;  // a sum just below an integer must not reach it
-    __m128i out;
     if (Signed) {
       __m512 k = _mm512_add_round_ps(i, _mm512_add_ps(end, _mm512_set1_ps(1.f)), kDown);
       k = _mm512_or_ps(k, _mm512_and_ps(x, _mm512_set1_ps(-0.f)));
-      __m512i code = _mm512_max_epi32(_mm512_cvttps_epi32(k), _mm512_set1_epi32(-127));
-      out = _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(127)));
-    } else {
-      // 2^23 + code: the code is the low byte of the mantissa
-      __m512i code = _mm512_castps_si512(_mm512_add_round_ps(i, _mm512_add_ps(end, _mm512_set1_ps(8388608.f)), kDown));
-      __mmask16 nonzero = _mm512_cmp_epi32_mask(_mm512_castps_si512(magnitude), _mm512_set1_epi32(0x00800000), _MM_CMPINT_NLT);
-      out = _mm512_maskz_cvtepi32_epi8(nonzero, code);
+      return _mm512_add_epi32(_mm512_cvttps_epi32(k), _mm512_set1_epi32(127));
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), out);
+    __mmask16 nonzero = _mm512_cmp_epi32_mask(_mm512_castps_si512(magnitude), _mm512_set1_epi32(0x00800000), _MM_CMPINT_NLT);
+    return _mm512_maskz_cvttps_epi32(nonzero, _mm512_add_round_ps(i, end, kDown));
+  }
+
+  FO_HD void run(const float* values, float inverse_scale, uint8_t* codes) const {
+    __m512i c = _mm512_max_epi32(code(values, inverse_scale), _mm512_setzero_si512());
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(c));
+  }
+
+  // kWide codes at a time: saturating packs, which also turn -1 into 0, work on quarters that one permutation puts in order.
+  FO_HD void run_wide(const float* values, float inverse_scale, uint8_t* codes) const {
+    __m512i low16 = _mm512_packs_epi32(code(values, inverse_scale), code(values + 16, inverse_scale));
+    __m512i high16 = _mm512_packs_epi32(code(values + 32, inverse_scale), code(values + 48, inverse_scale));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low16, high16)));
   }
 };
 

@@ -4,7 +4,7 @@
 
 namespace fo {
 
-constexpr int kLanes = 1;
+constexpr int kLanes = 1, kWide = 1;
 
 template <bool Signed>
 struct Decoder {
@@ -16,6 +16,8 @@ template <bool Signed>
 struct Encoder {
   static constexpr Int8Map map = make_int8_map(Signed);
   FO_HD void run(const float* value, float inverse, uint8_t* code) const { *code = int8_encode<Signed>(*value, inverse, map); }
+
+  FO_HD void run_wide(const float* values, float inverse_scale, uint8_t* codes) const { run(values, inverse_scale, codes); }
 };
 
 }  // namespace fo

@@ -5,6 +5,7 @@
 #pragma once
 #include "../precision.h"
 #include "../stages.h"
+#include "blocks.h"
 #include "parallel.h"
 #include "reduce.h"
 #include "tile.h"
@@ -103,9 +104,17 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   const int64_t g = row[kGrad], p = row[kParam];
   if (Store && InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
 
+  int64_t blocked = 0;
+  if constexpr (Store && Rule::state_count > 0) {
+    if (any_int8<Rule>(launch)) {
+      blocked = step_blocks<Rule>(launch, row, head, start, n, [&](int64_t count, float* gt, float* pt, float** s) {
+        update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, stage, scalars);
+      });
+    }
+  }
   alignas(64) float buffer[3 + Rule::state_count][kTile];
   SquareSum param_sum, update_sum;
-  for (int64_t done = 0; done < n; done += kTile) {
+  for (int64_t done = blocked; done < n; done += kTile) {
     const int64_t offset = start + done;
     const int count = int(n - done < kTile ? n - done : kTile);
     float* gt = load_tile(g, launch.grad_dtype, offset, count, buffer[0]);
