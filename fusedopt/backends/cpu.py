@@ -10,7 +10,7 @@ from fusedopt.backends.base import BucketKey, Work
 from fusedopt.backends.native import NativeBackend
 
 try:
-    from fusedopt import _native_cpu as native
+    import fusedopt._native_cpu as native
 except ImportError as error:
     native, _import_error = None, str(error)
 

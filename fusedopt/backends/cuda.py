@@ -36,12 +36,12 @@ class CudaBackend(NativeBackend):
     def _load(self) -> str | None:
         if self._library is None:
             try:
-                from fusedopt import _native_cuda
+                import fusedopt._native_cuda as native
             except ImportError as error:
                 return f"its native module is not installed ({error}). Reinstall fusedopt with nvcc and FUSEDOPT_CUDA=1"
             if not torch.cuda.is_available():
                 return "torch finds no CUDA device"
-            self._library = _native_cuda
+            self._library = native
         return self._accept(self._library)
 
     def _unsuited(self, key: BucketKey) -> str | None:
