@@ -193,6 +193,11 @@ class NinjaBuild(build_ext):
                 print(f"WARNING: fusedopt is installed without {extension.name}: {error}", file=sys.stderr)
         self.extensions = built
 
+    def copy_extensions_to_source(self):
+        for extension in self.extensions:  # a running process keeps the file that it has mapped
+            (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
 
 def extensions():
     if os.environ.get("FUSEDOPT_NATIVE") == "0":

@@ -2,7 +2,7 @@
 //
 // Work on one block at a time, with the encoding put off by one, keeps loads from memory going; tiles of 1024 elements, which
 // pause them for longer, take a quarter more time from memory and the same from cache. So do pieces of 64, for other reasons:
-// each loads the tables of the codec again.
+// each loads the tables of the codec again. Software prefetch of g and p makes it 15 to 20 % slower at any distance.
 #pragma once
 #include "codec.h"
 #include "parallel.h"
