@@ -28,7 +28,7 @@ def to_torch(opt, native: dict) -> dict:
     for index, entry in native["state"].items():
         _, group = indices[index]
         rule = opt.rule_for(group)
-        converted = {} if rule.name.startswith("sgd") else {"step": entry["step"].clone()}
+        converted = {"step": entry["step"].clone()} if opt.torch_counts_steps else {}
         for state in rule.states:
             if state.name in entry:
                 converted[state.name] = st.decode(entry, state)

@@ -37,6 +37,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     decay_mode = "coupled"
+    torch_counts_steps = True  # whether the torch.optim class of the rule keeps a step in its state
 
     def __init__(
         self,

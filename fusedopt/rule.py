@@ -35,7 +35,6 @@ class Rule:
     direction(g, p, *states, c) -> (u, *states): `@triton.jit`; c points at the rule's scalars in fp32.
     trust(param_sq, x_sq, **scalars) and trust_triton(param_sq, x_sq, c): the per-tensor scale from two squared norms.
     trust_on: what the trust ratio scales: None, "gradient" (after coupled decay) or "update".
-
     """
 
     name: str

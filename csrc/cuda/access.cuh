@@ -50,9 +50,9 @@ FO_DEV void store_octet(const Stream& s, uint32_t element, const Octet& o) {
   }
 }
 
-// Tails and rows that are not 16-byte aligned: element by element, `live` of the 8; the rest reads as `pad` (a word of the zero value).
-FO_DEV Octet load_octet_masked(const Stream& s, uint32_t element, int live, uint32_t pad) {
-  Octet o = {{pad, pad, pad, pad, pad, pad, pad, pad}};
+// Tails and rows that are not 16-byte aligned: element by element, `live` of the 8; the rest reads as 0.
+FO_DEV Octet load_octet_masked(const Stream& s, uint32_t element, int live) {
+  Octet o = {};
   const char* from = s.at(element);
   if (s.shift == 2) {
 #pragma unroll

@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet(states[i], at);
     } else {
-      raw_g = load_octet_masked(grad, at, live, 0);
-      raw_p = load_octet_masked(param, at, live, 0);
+      raw_g = load_octet_masked(grad, at, live);
+      raw_p = load_octet_masked(param, at, live);
 #pragma unroll
-      for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet_masked(states[i], at, live, 0);
+      for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet_masked(states[i], at, live);
     }
 #pragma unroll
     for (int i = 0; i < kStates; ++i)

@@ -37,7 +37,7 @@ FO_DEV void block_squares(const Launch& launch, const Work& work, int64_t addres
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + (pass + i) * kGrainSize, live = work.count - at;
-        s[i] = sum_squares(launch.aligned && live >= kOctet ? load_octet(stream, at) : load_octet_masked(stream, at, live, 0), Dtype);
+        s[i] = sum_squares(launch.aligned && live >= kOctet ? load_octet(stream, at) : load_octet_masked(stream, at, live), Dtype);
       }
     }
 #pragma unroll

@@ -73,6 +73,7 @@ class SGD(FusedOptimizer):
     """
 
     decay_mode = "coupled"
+    torch_counts_steps = False
 
     def __init__(self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, **options):
         check_nonnegative(momentum, "momentum value")
