@@ -12,9 +12,13 @@
 namespace fo {
 
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
-enum FormatId : int32_t { kFormatF32 = 0, kFormatBF16 = 1, kFormatInt8 = 2 };
+enum FormatId : int32_t {
+  kFormatF32 = 0, kFormatBF16 = 1, kFormatInt8 = 2, kFormatInt8c = 3, kFormatFp8 = 4, kFormatInt4 = 5,
+  kFormatBF16Stochastic = 6,  // stored like bf16, rounded with random bits of stream 1 + i for state i
+};
 constexpr int32_t kFormatMask = 0xFF, kFormatSigned = 0x100;  // a Launch's format word: FormatId, plus the sign flag of the map
-enum Precision : int32_t { kNearest = 0, kStochastic = 1 };
+// How a 16-bit parameter is kept (precision.h). From kKahan on it has a companion; Python never asks for those with fp32 parameters.
+enum Precision : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit24 = 3, kSplit32 = 4, kMaster = 5 };
 enum Phase : int32_t {
   kFused = 0,  // prologue, direction, epilogue, stores
   kProbe = 1,  // the same arithmetic with stores disabled: accumulates |p|^2 and |u|^2 of each tensor
@@ -28,15 +32,17 @@ enum Column : int32_t {
   kGrad = 0,      // the only column that changes from step to step
   kParam = 1,
   kState = 2,     // kState + i: state i
-  kScale = 6,     // kScale + i: fp32 absmax per block of state i, 0 where the format has none
+  kScale = 6,     // kScale + i: fp32 scale per block of state i, 0 where the format has none
   kNumel = 10,
   kMeta = 11,     // tensor id << 32 | scalar row
   kGrain = 12,    // index of the tensor's first entry in the partial sums (one entry per kGrainSize elements)
-  kColumns = 13,
+  kCompanion = 13,  // Kahan compensation (the parameter's dtype), low bits (int8, int16) or master weight (fp32); 0 where there is none
+  kColumns = 14,
 };
 
 constexpr int kMaxStates = 4;
-constexpr int kBlock = 256;         // elements that share one scale
+constexpr int kBlock = 256;         // elements that share one scale, and the unit of work of the drivers
+constexpr int kHalfBlock = 128;     // the same for int4
 constexpr int kGrainSize = 2048;    // elements that share one partial sum: fixed, so norms do not depend on the chunk size
 constexpr int kScalarStride = 32;   // 32-bit words per scalar row: the stage head, then the rule's scalars
 constexpr int kScalarHead = 8;

@@ -1,5 +1,6 @@
 // Philox4x32-10 counter-based random numbers: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 // key = seed; counter = (element / 8, tensor id, step): 16 bits for each of 8 consecutive elements, the same on every backend.
+// The 8 highest bits of the octet's number are the stream: 0 for the parameter, 1 + i for state i.
 #pragma once
 #include "fusedopt.h"
 
@@ -39,6 +40,8 @@ FO_HD void philox_rounds(typename Lanes::Word (&c)[4], uint32_t k0, uint32_t k1)
     k1 += 0xBB67AE85u;
   }
 }
+
+FO_HD uint64_t stream_octet(uint64_t octet, int stream) { return octet | uint64_t(stream) << 56; }
 
 FO_HD Random8 philox8(const Head& head, uint32_t tensor, uint64_t octet) {
   uint32_t c[4] = {uint32_t(octet), uint32_t(octet >> 32), tensor, head.step};

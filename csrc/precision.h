@@ -1,4 +1,5 @@
-// Loads and stores of 16-bit floats: exact widening, rounding to nearest even, and stochastic rounding with 16 random bits.
+// Loads and stores of 16-bit floats: exact widening, rounding to nearest even, stochastic rounding with 16 random bits, and
+// bf16 with low bits beside it (split24, split32).
 // Everything works on bits, so flush-to-zero of subnormals does not touch it.
 #pragma once
 #include "scalar.h"
@@ -56,5 +57,35 @@ FO_HD uint16_t float_to_f16_stochastic(float x, uint32_t random16) {
   uint32_t mask = 0u - uint32_t(mag < kSmallestF16);  // with a conditional expression gcc 12 finds a branch here and stays scalar
   return uint16_t((small & mask) | (normal & ~mask) | sign);
 }
+
+// The bits of a weight that is split: of a NaN only what fits in bf16.
+FO_HD uint32_t split_bits(float x) {
+  uint32_t u = bits(x);
+  return (u & 0x7FFFFFFFu) > 0x7F800000u ? (u & 0xFFFF0000u) | 0x400000u : u;
+}
+
+struct Split { uint16_t high; int16_t low; };
+
+// bf16 rounded to nearest, ties away from zero, and the signed 16 bits that are left: the fp32 weight exactly.
+FO_HD Split split32(float x) {
+  uint32_t u = split_bits(x);
+  return {uint16_t((u + 0x8000u) >> 16), int16_t(uint16_t(u))};
+}
+
+// The same with 8 bits left (low is an int8), after rounding to 24 bits stochastically.
+FO_HD Split split24(float x, uint32_t random16) {
+  uint32_t u = (split_bits(x) + (random16 >> 8)) >> 8;
+  return {uint16_t((u + 0x80u) >> 8), int16_t(int8_t(uint8_t(u)))};
+}
+
+// The weight of a split; low is shifted left by 8 for split24. Where the high half is a zero that was put there later, negative
+// low bits are dropped: they would wrap around into a NaN.
+FO_HD float join(uint16_t high, int32_t low) {
+  bool stale = (high & 0x7FFFu) == 0 && low < 0;
+  return from_bits((uint32_t(high) << 16) + uint32_t(stale ? 0 : low));
+}
+
+// What rounding cut off (kahan); 0 where the rounded value is not finite.
+FO_HD float remainder(float x, float rounded) { return magnitude(rounded) < 0x7F800000u ? x - rounded : 0.f; }
 
 }  // namespace fo

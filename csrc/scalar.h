@@ -52,4 +52,6 @@ FO_HD float from_bits(uint32_t u) {
 #endif
 }
 
+FO_HD uint32_t magnitude(float x) { return bits(x) & 0x7FFFFFFFu; }
+
 }  // namespace fo

@@ -31,7 +31,8 @@ class Column(IntEnum):
     NUMEL = 10
     META = 11  # tensor id << 32 | scalar row
     GRAIN = 12  # first entry of the tensor in the partial sums
-    COUNT = 13
+    COMPANION = 13
+    COUNT = 14
 
 
 MAX_STATES = 4

@@ -1,7 +1,16 @@
-"""ParamPrecision: how an updated fp32 parameter is stored in 16 bits; the drivers match this pure-torch rounding bit for bit.
+"""ParamPrecision: how an updated fp32 parameter is kept in 16 bits; the drivers match this pure-torch rounding bit for bit.
 
-Stochastic rounding draws 16 bits per element from Philox4x32-10 (Salmon et al., SC 2011) with key = seed and
-counter = (element // 8, tensor id, step): independent of backend, grid, chunk and thread count.
+nearest      rounds to nearest even.
+stochastic   rounds up or down in proportion to the distance: right on average, no memory.
+kahan        a compensation of the parameter's dtype keeps what rounding cut off, itself rounded stochastically: rounded to
+             nearest it would be 3 % wrong about a decay of 1e-5 a step.
+split24      bf16 and 8 more bits of the fp32 weight, rounded stochastically to 24 bits.
+split32      bf16 and the other 16 bits: the fp32 weight exactly. Its bf16 half rounds ties away from zero, so that the
+             signed low half says on which side of it the weight lies.
+master       a separate fp32 weight, of which the parameter is the rounded copy.
+
+The four last ones keep a tensor beside the parameter, its companion. Random bits come from Philox4x32-10 (Salmon et al.,
+SC 2011) with key = seed and counter = (element // 8, tensor id, step): independent of backend, grid, chunk and thread count.
 """
 
 from __future__ import annotations
@@ -10,14 +19,77 @@ from dataclasses import dataclass
 
 import torch
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class ParamPrecision:
+    """A way to keep a 16-bit parameter.
+
+    id: Precision in csrc/fusedopt.h. companion: the name of its tensor in a parameter's state, or None. storage: the
+    companion's dtype, None for the parameter's. dtypes: parameters it can keep; others are refused. random: draws random bits.
+    """
+
     name: str
     id: int
+    companion: str | None = None
+    storage: torch.dtype | None = None
+    dtypes: tuple[torch.dtype, ...] = HALF
+    random: bool = False
+
+    def companion_dtype(self, param_dtype: torch.dtype) -> torch.dtype:
+        return self.storage or param_dtype
+
+    def for_dtype(self, dtype: torch.dtype) -> ParamPrecision:
+        """Itself, or nearest for fp32 and fp64 parameters, which need no help. Raises ValueError for a dtype it cannot keep."""
+        if dtype not in HALF:
+            return NEAREST
+        if dtype not in self.dtypes:
+            kept = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            raise ValueError(
+                f"param_precision {self.name!r} keeps {kept} parameters, not {dtype}; use 'master' or 'kahan'"
+            )
+        return self
+
+    def load(self, p: torch.Tensor, companion: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The weights a flat parameter and its companion stand for."""
+        if self.name == "kahan":
+            return p.to(dtype) + companion.to(dtype)
+        if self.name in ("split24", "split32"):
+            return _join(p, companion).to(dtype)
+        return companion.to(dtype) if self.name == "master" else p.to(dtype)
+
+    def store(self, x: torch.Tensor, dtype: torch.dtype, random16: torch.Tensor | None = None):
+        """(parameter, companion | None) of flat fp32 weights. random16: see `philox16`; None rounds to nearest."""
+        if self.name == "split24":
+            return _split24(x, random16)
+        if self.name == "split32":
+            return _split32(x)
+        if self.name == "kahan":
+            p = x.to(dtype)
+            rest = torch.where(torch.isfinite(p), x - p.to(x.dtype), torch.zeros_like(x))
+            return p, rest.to(dtype) if random16 is None else round_stochastic(rest, dtype, random16)
+        if self.name == "master":
+            return x.to(dtype), x
+        if self.name == "stochastic" and random16 is not None:
+            return round_stochastic(x, dtype, random16), None
+        return x.to(dtype), None
 
 
-_precisions = {p.name: p for p in (ParamPrecision("nearest", 0), ParamPrecision("stochastic", 1))}
+NEAREST = ParamPrecision("nearest", 0)
+_BF16 = (torch.bfloat16,)
+_precisions = {
+    p.name: p
+    for p in (
+        NEAREST,
+        ParamPrecision("stochastic", 1, random=True),
+        ParamPrecision("kahan", 2, "kahan_comp", random=True),
+        ParamPrecision("split24", 3, "low_bits", torch.int8, _BF16, random=True),
+        ParamPrecision("split32", 4, "low_bits", torch.int16, _BF16),
+        ParamPrecision("master", 5, "master_param", torch.float32),
+    )
+}
+COMPANIONS = tuple(dict.fromkeys(p.companion for p in _precisions.values() if p.companion))
 
 
 def get_precision(name: str | ParamPrecision) -> ParamPrecision:
@@ -43,12 +115,15 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu") -> torch.Tensor:
-    """int64 [numel]: the 16 random bits of each element. step: int or integer tensor."""
+def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: int = 0) -> torch.Tensor:
+    """int64 [numel]: the 16 random bits of each element. step: int or integer tensor.
+
+    stream: 0 for the parameter, 1 + i for state i, in the 8 highest bits of the octet's number.
+    """
     if isinstance(step, torch.Tensor):
         step = step.long()
     octet = torch.arange((numel + 7) // 8, dtype=torch.int64, device=device)
-    c0, c1 = octet & _MASK, octet >> 32
+    c0, c1 = octet & _MASK, octet >> 32 | stream << 24
     c2, c3 = torch.full_like(octet, tensor_id & _MASK), torch.zeros_like(octet) + step
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -78,3 +153,32 @@ def round_stochastic(x: torch.Tensor, dtype: torch.dtype, random16: torch.Tensor
     out = torch.where(magnitude < (113 << 23), small, normal)
     out = torch.where(out > 65504, torch.full_like(out, float("inf")), out)
     return torch.where(finite, torch.where(sign > 0, -out, out), x).to(dtype)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """int64: the bits of fp32 values, of a NaN only what fits in bf16."""
+    bits = x.float().contiguous().view(torch.int32).long() & _MASK
+    return torch.where(x.isnan(), (bits & 0xFFFF0000) | 0x400000, bits)
+
+
+def _signed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int64 as an integer dtype of fewer bits, by its lowest bits."""
+    half = 1 << (torch.iinfo(dtype).bits - 1)
+    return ((x + half) % (2 * half) - half).to(dtype)
+
+
+def _split24(x: torch.Tensor, random16: torch.Tensor | None):
+    bits = _bits(x) + (128 if random16 is None else random16 >> 8) >> 8
+    return _signed((bits + 0x80) >> 8, torch.int16).view(torch.bfloat16), _signed(bits, torch.int8)
+
+
+def _split32(x: torch.Tensor):
+    bits = _bits(x)
+    return _signed((bits + 0x8000) >> 16, torch.int16).view(torch.bfloat16), _signed(bits, torch.int16)
+
+
+def _join(p: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """fp32 of a bf16 half and signed low bits. A zero that was put into p later keeps no negative low bits: they would wrap."""
+    high, low = p.contiguous().view(torch.int16).long() & 0xFFFF, low.long() << (8 if low.dtype == torch.int8 else 0)
+    low = torch.where(high & 0x7FFF == 0, low.clamp(min=0), low)
+    return _signed((high << 16) + low, torch.int32).view(torch.float32)

@@ -27,7 +27,10 @@ class BucketKey(NamedTuple):
 
 
 class Item(NamedTuple):
-    """The tensors of one row. All share one dense memory layout, except scales: fp32 [blocks] or None."""
+    """The tensors of one row. All share one dense memory layout, except packed states and scales (fp32 [blocks] or None).
+
+    companion: what the param_precision keeps beside the parameter, or None.
+    """
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -35,6 +38,7 @@ class Item(NamedTuple):
     scales: tuple[torch.Tensor | None, ...]
     tensor_id: int
     scalar_row: int
+    companion: torch.Tensor | None = None
 
 
 class RowNumbers(NamedTuple):
@@ -122,21 +126,11 @@ class Work:
         return out
 
 
-# What the drivers of cuda, triton and cpu know; the reference knows every registered format.
-DRIVER_FORMATS = ("fp32", "bf16", "int8")
-DRIVER_PRECISIONS = ("nearest", "stochastic")
-
-
 def unsupported(key: BucketKey) -> str | None:
-    """Why no driver steps a bucket, whatever its device, or None."""
+    """Why no driver steps a bucket, whatever its device, or None. Drivers know every registered format and precision."""
     for what, dtype in (("parameters", key.param_dtype), ("gradients", key.grad_dtype)):
         if dtype not in DTYPE_CODES:
             return f"its {what} are {dtype}; drivers take {', '.join(map(str, DTYPE_CODES))}"
-    for form in key.formats:
-        if form not in DRIVER_FORMATS:
-            return f"there is no driver for state_format {form!r}, only for {', '.join(DRIVER_FORMATS)}"
-    if key.precision not in DRIVER_PRECISIONS:
-        return f"there is no driver for param_precision {key.precision!r}, only for {', '.join(DRIVER_PRECISIONS)}"
     return None
 
 
@@ -152,3 +146,13 @@ class Backend(Protocol):
         ...
 
     def launch(self, work: Work) -> None: ...
+
+    def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        """Encodes a flat tensor (fp32, bf16, fp16) in a blockwise format into `codes` and `scale`, both whole and contiguous."""
+        ...
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, form: Format, signed: bool, out: torch.Tensor
+    ) -> None:
+        """Decodes into a flat tensor (fp32, bf16, fp16; rounded to nearest even)."""
+        ...

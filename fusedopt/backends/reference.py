@@ -10,7 +10,8 @@ import torch
 from fusedopt.abi import Phase
 from fusedopt.backends.base import BucketKey, Item, Work
 from fusedopt.memory import flat
-from fusedopt.precision import philox16, round_stochastic
+from fusedopt.formats import Format
+from fusedopt.precision import philox16
 
 
 def _as(value, like: torch.Tensor):
@@ -71,11 +72,14 @@ class ReferenceBackend:
         rule, row = work.rule, work.numbers[item.scalar_row]
         dtype = self._dtype(item)
         keep = torch.is_grad_enabled()  # differentiable=True: the graph keeps what the stores below overwrite
-        p, g = flat(item.param).to(dtype, copy=keep), flat(item.grad).to(dtype)
+        n = item.param.numel()
+        companion = None if item.companion is None else flat(item.companion)
+        p, g = work.precision.load(flat(item.param), companion, dtype), flat(item.grad).to(dtype)
+        p = p.clone() if keep else p
         named = {k: _as(v, p) for k, v in zip(rule.scalar_names, row.scalars, strict=True)}
         states = []
         for stored, scale, form, state in zip(item.states, item.scales, work.formats, rule.states, strict=True):
-            x = form.decode(flat(stored), scale, state.signed, dtype)
+            x = form.decode(flat(stored), scale, state.signed, dtype, n)
             states.append(x.clone() if keep else x)
 
         mul = row.grad_sign
@@ -99,14 +103,30 @@ class ReferenceBackend:
             lr = lr * rule.trust(param_sq, update_sq, **named)
         p = p - (lr * u + _as(row.decay, p) * p)
 
-        if work.precision.name == "stochastic" and item.param.dtype in (torch.bfloat16, torch.float16):
-            random16 = philox16(row.seed, row.step, item.tensor_id, p.numel(), p.device)
-            p = round_stochastic(p.float(), item.param.dtype, random16)
+        def random16(stream: int):
+            return philox16(row.seed, row.step, item.tensor_id, n, p.device, stream)
+
+        precision = work.precision
+        if item.param.dtype in precision.dtypes and precision.name != "nearest":
+            p, kept = precision.store(p.float(), item.param.dtype, random16(0) if precision.random else None)
+            if companion is not None:
+                companion.copy_(kept)
         flat(item.param).copy_(p)
-        for x, stored, scale, form, state in zip(
-            states, item.states, item.scales, work.formats, rule.states, strict=True
+        for i, (x, stored, scale, form, state) in enumerate(
+            zip(states, item.states, item.scales, work.formats, rule.states, strict=True)
         ):
-            codes, new_scale = form.encode(x, state.signed) if form.block else (x, None)
-            flat(stored).copy_(codes)
+            if form.block or form.stochastic:
+                x, new_scale = form.encode(x, state.signed, random16(1 + i) if form.stochastic else None)
+            flat(stored).copy_(x)
             if scale is not None:
                 scale.copy_(new_scale)
+
+    def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        stored, largest = form.encode(x, signed)
+        codes.copy_(stored)
+        scale.copy_(largest)
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, form: Format, signed: bool, out: torch.Tensor
+    ) -> None:
+        out.copy_(form.decode(codes, scale, signed, torch.float32, out.numel()))
