@@ -10,7 +10,9 @@ import torch
 
 from fusedopt import states as st
 from fusedopt.checks import describe
-from fusedopt.memory import strides_match
+from fusedopt.masters import bind, configured_precision
+from fusedopt.memory import empty_like, flat, strides_match
+from fusedopt.precision import COMPANIONS
 
 STORAGE_OPTIONS = ("state_format", "param_precision", "min_quantized_numel")
 OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
@@ -31,7 +33,7 @@ def to_torch(opt, native: dict) -> dict:
         converted = {"step": entry["step"].clone()} if opt.torch_counts_steps else {}
         for state in rule.states:
             if state.name in entry:
-                converted[state.name] = st.decode(entry, state)
+                converted[state.name] = st.decode(indices[index][0], entry, state)
         out[index] = converted
     groups = [{k: v for k, v in g.items() if k not in OWN_OPTIONS} for g in native["param_groups"]]
     return {"state": out, "param_groups": groups}
@@ -57,49 +59,89 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     on_device = opt.steps_on_device(p, group)
     out["step"] = step.to(device=p.device if on_device else "cpu", dtype=_step_dtype()).view(())
     for state, form in zip(rule.states, st.configured_formats(p, group, rule), strict=True):
-        if state.name not in entry:
-            continue
-        tensor = entry[state.name]
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != p.shape:
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"{what}: the loaded state {state.name!r} has shape {found}. Load a state dict of the same model."
-            )
-        scale = st.scale_name(state.name)
-        if tensor.dtype == torch.uint8:
-            blocks = form.scale_count(p.numel()) or -(-p.numel() // 256)
-            if scale not in entry or entry[scale].numel() != blocks:
-                raise ValueError(
-                    f"{what}: the loaded 8-bit state {state.name!r} needs {blocks} scales under {scale!r}. "
-                    "Load a complete state dict."
-                )
-        elif not tensor.dtype.is_floating_point:
-            raise ValueError(
-                f"{what}: the loaded state {state.name!r} has dtype {tensor.dtype}, which no format stores."
-            )
-        _take(p, out, entry, state, form)
+        if state.name in entry:
+            _check_state(what, p, entry, state.name)
+            _take(p, out, entry, state, form)
+    _take_companion(what, p, group, entry, out)
     return out
 
 
+def _check_state(what: str, p: torch.Tensor, entry: dict, name: str) -> None:
+    """Raises ValueError where a loaded state does not have the shape or the scales its format asks for."""
+    tensor = entry[name]
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{what}: the loaded state {name!r} is a {type(tensor).__name__}. Load tensors.")
+    coded = tensor.dtype == torch.uint8
+    found = st.stored_format(entry, name)
+    if coded and not found.block:
+        raise ValueError(
+            f"{what}: the loaded state {name!r} is in codes, but none of its scales ({', '.join(st.scale_names(name))}) is "
+            "there. Load a complete state dict."
+        )
+    if not (coded or tensor.dtype.is_floating_point):
+        raise ValueError(f"{what}: the loaded state {name!r} has dtype {tensor.dtype}, which no format stores.")
+    n, flat_size = p.numel(), tensor.numel() if tensor.dim() == 1 else -1
+    packed = coded and found.bits < 8
+    fits = tensor.numel() == found.stored_count(n) if packed else tensor.shape == p.shape or flat_size in (n, n + n % 2)
+    if not fits:
+        raise ValueError(
+            f"{what}: the loaded state {name!r} has shape {tuple(tensor.shape)}. Load a state dict of the same model."
+        )
+    if coded and (count := st.stored_scale(entry, name, found).numel()) != found.scale_count(n):
+        raise ValueError(
+            f"{what}: the loaded {found.name} state {name!r} needs {found.scale_count(n)} scales under "
+            f"{st.scale_name(name, found)!r}, not {count}. Load a complete state dict."
+        )
+
+
 def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
-    """Copies a state as it is where format and layout agree, else decodes and stores it anew."""
-    tensor, scale = entry[state.name], st.scale_name(state.name)
-    if st.stored_format(entry, state.name) is form and tensor.dtype == st.storage_dtype(form, p):
+    """Copies a state as it is where format and layout agree, else decodes and stores it anew.
+
+    A flat state (a converted int4 state that has lost its shape) lies in p's memory order.
+    """
+    tensor, found = entry[state.name], st.stored_format(entry, state.name, form)
+    if found is form and tensor.dtype == st.storage_dtype(form, p):
         st.allocate(p, out, state, form)
-        if not form.block:
-            out[state.name].copy_(tensor)
+        mine = out[state.name]
+        if not form.block and tensor.shape == mine.shape:
+            mine.copy_(tensor)
             return
-        if strides_match(tensor, out[state.name]):
-            out[state.name].copy_(tensor)
-            out[scale].copy_(entry[scale])
+        if form.bits < 8 or strides_match(tensor, mine):
+            flat(mine).copy_(tensor.reshape(-1))
+            out[st.scale_name(state.name, form)].copy_(st.stored_scale(entry, state.name, form))
             return
-    values = st.decode(entry, state) if scale in entry else tensor
+    if tensor.shape != p.shape and not (found.block and found.bits < 8):
+        tensor = flat_to_shape(tensor, p)
+        entry = {**entry, state.name: tensor}
+    like = p if tensor.device == p.device else p.detach().to(tensor.device)
+    values = st.decode(like, entry, state) if found.block else tensor
     st.store(p, out, state, form, values.to(p.device))
+
+
+def flat_to_shape(tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A flat tensor in the shape and memory layout of p, without the element an odd number of packed codes leaves over."""
+    out = empty_like(p, tensor.dtype).to(tensor.device)
+    flat(out).copy_(tensor[: p.numel()])
+    return out
+
+
+def _take_companion(what: str, p: torch.Tensor, group: dict, entry: dict, out: dict) -> None:
+    """The companion of p's precision, from the loaded one; p itself stays as it is."""
+    precision = configured_precision(p, group)
+    loaded = {name: entry[name] for name in COMPANIONS if name in entry}
+    for name, tensor in loaded.items():
+        if tensor.shape != p.shape:
+            raise ValueError(
+                f"{what}: the loaded {name!r} has shape {tuple(tensor.shape)}. Load a state dict of the same model."
+            )
+        out[name] = empty_like(p, tensor.dtype).copy_(tensor)
+    bind(p, out, precision)
 
 
 def _others(rule, entry: dict) -> list[str]:
     """Tensors that belong to no state of the rule: another optimizer's."""
-    known = {"step", *rule.state_names, *map(st.scale_name, rule.state_names)}
+    scales = [name for state in rule.state_names for name in st.scale_names(state)]
+    known = {"step", *rule.state_names, *scales, *COMPANIONS}
     return [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k not in known]
 
 

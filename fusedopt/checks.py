@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt.formats import Format
+from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, overlaps, strides_match
+from fusedopt.states import stored_shape
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,21 +49,35 @@ def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> 
         )
 
 
-def check_layout(name: str, index: int, p: torch.Tensor, work: torch.Tensor, entry: dict, state: str) -> None:
-    """A state that was put in place from outside must have the parameter's shape, device and layout; the layout is mended."""
-    tensor = entry[state]
-    if tensor.shape != p.shape or tensor.device != p.device:
+def check_precision(name: str, index: int, p: torch.Tensor, group: dict) -> None:
+    """Raises RuntimeError for a parameter whose dtype its param_precision cannot keep."""
+    try:
+        configured_precision(p, group)
+    except ValueError as error:
+        raise RuntimeError(f"{describe(name, index, p)}: {error}") from None
+
+
+def check_layout(
+    name: str, index: int, p: torch.Tensor, work: torch.Tensor, entry: dict, key: str, form: Format | None
+) -> None:
+    """A state that was put in place from outside must have the parameter's shape, device and layout; the layout is mended.
+
+    form: the state's format; None for a companion.
+    """
+    tensor = entry[key]
+    shape = tuple(p.shape) if form is None else stored_shape(form, work)
+    if tensor.shape != shape or tensor.device != p.device:
         raise RuntimeError(
-            f"{describe(name, index, p)}: its state {state!r} has shape {tuple(tensor.shape)} on {tensor.device}. "
+            f"{describe(name, index, p)}: its state {key!r} has shape {tuple(tensor.shape)} on {tensor.device}. "
             "Load a state dict of the same model, or move the state to the parameter's device."
         )
-    if not strides_match(tensor, work):
-        blockwise = f"{state}_scale" in entry
-        if blockwise or not is_dense(tensor) and overlaps(tensor):
+    packed = form is not None and form.bits < 8
+    if not (tensor.is_contiguous() if packed else strides_match(tensor, work)):
+        if form is not None and form.block or not is_dense(tensor) and overlaps(tensor):
             raise RuntimeError(
-                f"{describe(name, index, p)}: its state {state!r} has strides {tensor.stride()}, the parameter "
+                f"{describe(name, index, p)}: its state {key!r} has strides {tensor.stride()}, the parameter "
                 f"{p.stride()}. Load the state dict again so that it takes the parameter's layout."
             )
-        entry[state] = torch.empty_strided(work.shape, work.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+        entry[key] = torch.empty_strided(work.shape, work.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
             tensor
         )

@@ -13,8 +13,10 @@ def bytes_per_step(bucket, phase: Phase) -> float:
     states = sum(f.bytes_per_element for f in bucket.slots[0].formats)
     if phase == Phase.NORM:
         return n * (g + (p if rule.trust_on == "gradient" else 0))
-    reads = p + g + states
-    return n * (reads if phase == Phase.PROBE else reads + p + states)
+    precision = bucket.slots[0].precision
+    companion = precision.companion_dtype(key.param_dtype).itemsize if precision.companion else 0
+    read = companion if precision.name == "master" else p + companion  # a master weight replaces its rounded copy
+    return n * (read + g + states + (0 if phase == Phase.PROBE else p + companion + states))
 
 
 class PlanReport:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt.formats import ALIASES, get_format, list_formats
 from fusedopt.rule import optimizers
 
-SUFFIXES = {"": None, "8bit": "int8", "_int8": "int8", "_bf16": "bf16", "_fp32": "fp32"}
+SUFFIXES = {"": None, "8bit": "8bit", "4bit": "4bit", **{f"_{name}": name for name in list_formats()}}
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
@@ -15,7 +16,7 @@ def parse_name(name: str) -> tuple[str, str | None]:
     for suffix, form in SUFFIXES.items():
         base = name.lower().removesuffix(suffix) if suffix else name.lower()
         if base in known and (not suffix or base != name.lower()):
-            return base, form
+            return base, form and get_format(form).name
     raise ValueError(
         f"unknown optimizer {name!r}; names are {', '.join(sorted(known))}, each with an optional suffix "
         f"{', '.join(s for s in SUFFIXES if s)}"
@@ -34,7 +35,7 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
     """
     base, form = parse_name(name)
     if form is not None:
-        if options.get("state_format", form) != form:
+        if options.get("state_format", form) not in (form, *(a for a, f in ALIASES.items() if f == form)):
             raise ValueError(
                 f"create: {name!r} means state_format={form!r}, but state_format={options['state_format']!r} is given"
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedopt import checkpoint
+from fusedopt import checkpoint, masters
 from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
@@ -21,8 +21,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """Base of every optimizer class: one multi-tensor step over all parameter groups.
 
     Shared options (keyword only):
-        state_format: how states are stored: "fp32", "bf16", "int8" ("8bit"), or a dict by state name. Per group.
-        param_precision: how bf16 and fp16 parameters are rounded: "nearest" or "stochastic". Per group.
+        state_format: how states are stored: a name of `list_formats()`, "8bit", "4bit", or a dict by state name. Per group.
+        param_precision: how bf16 and fp16 parameters are kept: a name of `list_precisions()`. Per group.
         min_quantized_numel: tensors with fewer elements keep fp32 states under a blockwise format. Per group.
         seed: of the stochastic rounding. Per group.
         clip_grad_norm: clip the global gradient norm to this value inside the step; `grad_norm` holds the norm.
@@ -170,7 +170,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         for state, form in zip(rule.states, formats, strict=True):
             if state.name not in entry:
                 st.allocate(p, entry, state, form)
+        masters.bind(p, entry, masters.configured_precision(p, group))
         return entry
+
+    def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """model.state_dict() with every parameter of this optimizer in fp32: the weights that split24, split32, kahan and
+        master keep beside 16-bit parameters, and the others widened. Buffers and foreign parameters are as they are.
+
+        Raises ValueError where the model has no parameter of this optimizer.
+        """
+        return masters.fp32_state_dict(self, model)
+
+    def load_fp32_state_dict(self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
+        """Loads fp32 weights into the model, and what 16 bits cannot hold into this optimizer: the reverse of
+        `fp32_state_dict`, exact for split32 and master, to 24 bits for split24. Also tells the optimizer of weights that
+        were changed by hand under param_precision="master".
+
+        Returns what model.load_state_dict returns. Raises ValueError or RuntimeError where names or shapes do not fit.
+        """
+        return masters.load_fp32_state_dict(self, model, state_dict, strict)
 
     def _current_plan(self, params, grads) -> Plan:
         plan = self._plan

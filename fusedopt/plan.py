@@ -16,11 +16,12 @@ from fusedopt import states as st
 from fusedopt.abi import GRAIN_SIZE, Column, Phase, chunk_size, chunk_table
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Item, Work
-from fusedopt.checks import check_layout, check_parameter
+from fusedopt.checks import check_layout, check_parameter, check_precision
 from fusedopt.formats import Format
+from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
-from fusedopt.precision import ParamPrecision, get_precision
+from fusedopt.precision import ParamPrecision
 from fusedopt.rule import Rule
 
 
@@ -48,7 +49,12 @@ class Slot:
 
     @property
     def scale_tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return tuple(self.entry.get(st.scale_name(s.name)) for s in self.rule.states)
+        pairs = zip(self.rule.states, self.formats, strict=True)
+        return tuple(st.stored_scale(self.entry, s.name, form) for s, form in pairs)
+
+    @property
+    def companion(self) -> torch.Tensor | None:
+        return self.entry[self.precision.companion] if self.precision.companion else None
 
 
 class Bucket:
@@ -85,12 +91,19 @@ class Bucket:
             columns[Column.NUMEL * rows + i] = numels[i]
             columns[Column.META * rows + i] = slot.tensor_id << 32 | slot.row
             columns[Column.GRAIN * rows + i] = grain
+            columns[Column.COMPANION * rows + i] = 0 if slot.companion is None else slot.companion.data_ptr()
             grain += grains[i]
 
     def items(self, grads: list[torch.Tensor] | None) -> list[Item]:
         return [
             Item(
-                s.work_param, grads[s.position] if grads else None, s.state_tensors, s.scale_tensors, s.tensor_id, s.row
+                s.work_param,
+                grads[s.position] if grads else None,
+                s.state_tensors,
+                s.scale_tensors,
+                s.tensor_id,
+                s.row,
+                s.companion,
             )
             for s in self.slots
         ]
@@ -279,6 +292,7 @@ class Plan:
                 if g is None:
                     continue
                 check_parameter(type(opt).__name__, tensor_id, p, g)
+                check_precision(type(opt).__name__, tensor_id, p, group)
                 found.append((tensor_id, position, group_index, p, g))
                 position += 1
         slots = [self._slot(opt, *args) for args in found]  # nothing is allocated before every tensor has passed
@@ -290,18 +304,23 @@ class Plan:
     def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
         group = opt.param_groups[group_index]
         rule = opt.rule_for(group)
-        precision = get_precision(st.option_overrides(p).get("param_precision", group["param_precision"]))
+        precision = configured_precision(p, group)
         entry = opt.init_state(p, group, rule)
-        formats = tuple(st.stored_format(entry, s.name) for s in rule.states)
+        wanted = st.configured_formats(p, group, rule)
+        formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
         work_param = p if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        for state in rule.states:
-            check_layout(type(opt).__name__, tensor_id, p, work_param, entry, state.name)
+        for state, form in zip(rule.states, formats, strict=True):
+            check_layout(type(opt).__name__, tensor_id, p, work_param, entry, state.name, form)
+        if precision.companion:
+            check_layout(type(opt).__name__, tensor_id, p, work_param, entry, precision.companion, None)
         return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
                     copy_grad=not strides_match(g, work_param))  # fmt: skip
 
     def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
         pointers = [slot.work_param.data_ptr(), *(t.data_ptr() for t in slot.state_tensors)]
+        if slot.companion is not None:
+            pointers.append(slot.companion.data_ptr())
         if not slot.copy_grad:
             pointers.append(g.data_ptr())
         key = BucketKey(slot.param.device, "", slot.rule.name, slot.param.dtype, g.dtype,

@@ -75,6 +75,16 @@ class ParamPrecision:
             return round_stochastic(x, dtype, random16), None
         return x.to(dtype), None
 
+    def attach(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The companion that makes a flat parameter stand for the fp32 weights x, as far as it can; p stays as it is."""
+        if self.name == "master":
+            return x.clone()
+        if self.name == "kahan":
+            return (x - p.to(x.dtype)).to(p.dtype)
+        bits = 8 if self.name == "split24" else 16
+        low = (_bits(x) - (p.contiguous().view(torch.int16).long() << 16 & _MASK)).float() / 2 ** (16 - bits)
+        return low.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(self.storage)
+
 
 NEAREST = ParamPrecision("nearest", 0)
 _BF16 = (torch.bfloat16,)

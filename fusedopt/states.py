@@ -1,14 +1,15 @@
 """Optimizer states in their formats: allocation, storage on a parameter's state dict, decoding and conversion.
 
-A state `exp_avg` is stored under its own name, with the parameter's shape and memory layout; a blockwise format adds
-`exp_avg_scale`, fp32 [ceil(numel / block)], blocks counted in memory order.
+A state `exp_avg` is stored under its own name, with the parameter's shape and memory layout; a blockwise format, say int8,
+adds `exp_avg_int8_scale`, fp32 [ceil(numel / block)], blocks counted in memory order. int4 packs two elements that are
+neighbours in memory into a byte.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fusedopt.formats import FP32, Format, get_format
+from fusedopt.formats import BF16, FP32, Format, get_format, list_formats
 from fusedopt.memory import empty_like, flat
 from fusedopt.rule import Rule, State
 
@@ -64,33 +65,68 @@ def storage_dtype(form: Format, p: torch.Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else form.storage
 
 
-def scale_name(name: str) -> str:
-    return f"{name}_scale"
+def scale_name(name: str, form: Format) -> str:
+    """Where a state's scales lie. The name says which format the codes are in."""
+    return f"{name}_{form.name}_scale"
+
+
+def scale_names(name: str) -> list[str]:
+    """Every name a state's scales can have."""
+    return [scale_name(name, form) for form in blockwise()]
+
+
+def blockwise() -> list[Format]:
+    return [form for form in map(get_format, list_formats()) if form.block]
+
+
+def stored_shape(form: Format, p: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a stored state: p's; packed, its last dimension is halved where that is whole bytes, else it is flat."""
+    if form.bits >= 8:
+        return tuple(p.shape)
+    if p.dim() and p.is_contiguous() and p.shape[-1] % 2 == 0:
+        return (*p.shape[:-1], p.shape[-1] // 2)
+    return (form.stored_count(p.numel()),)
+
+
+def _empty_stored(p: torch.Tensor, form: Format) -> torch.Tensor:
+    if form.bits >= 8:
+        return empty_like(p, storage_dtype(form, p))
+    return torch.empty(stored_shape(form, p), dtype=form.storage, device=p.device)
 
 
 def allocate(p: torch.Tensor, entry: dict, state: State, form: Format) -> None:
     """Puts an all-zero state into a parameter's state dict."""
-    stored = empty_like(p, storage_dtype(form, p)).fill_(form.zero_code(state.signed))
-    entry[state.name] = stored
+    entry[state.name] = _empty_stored(p, form).fill_(form.zero_code(state.signed))
     if form.block:
-        entry[scale_name(state.name)] = torch.zeros(form.scale_count(p.numel()), dtype=torch.float32, device=p.device)
+        scale = torch.zeros(form.scale_count(p.numel()), dtype=torch.float32, device=p.device)
+        entry[scale_name(state.name, form)] = scale
 
 
-def stored_format(entry: dict, name: str) -> Format:
-    """The format a state of a parameter's state dict is in, from its tensors."""
-    if scale_name(name) in entry:
-        return get_format("int8")
-    return get_format("bf16") if entry[name].dtype == torch.bfloat16 else FP32
+def stored_format(entry: dict, name: str, configured: Format | None = None) -> Format:
+    """The format a state of a parameter's state dict is in, from its tensors.
+
+    How a bf16 state is rounded does not show in it: `configured` says, where it agrees in all else.
+    """
+    for form in blockwise():
+        if scale_name(name, form) in entry:
+            return form
+    form = BF16 if entry[name].dtype == torch.bfloat16 else FP32
+    return configured if configured is not None and configured.stochastic and form is BF16 else form
 
 
-def decode(entry: dict, state: State) -> torch.Tensor:
-    """A state as fp32 (fp64 of an fp64 parameter), with the stored tensor's shape and memory layout."""
+def stored_scale(entry: dict, name: str, form: Format) -> torch.Tensor | None:
+    return entry[scale_name(name, form)] if form.block else None
+
+
+def decode(p: torch.Tensor, entry: dict, state: State) -> torch.Tensor:
+    """A state as fp32 (fp64 of an fp64 parameter), with the parameter's shape; its memory layout is the stored tensor's."""
     stored = entry[state.name]
     form = stored_format(entry, state.name)
     if not form.block:
         return stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
-    out = empty_like(stored, torch.float32)
-    flat(out).copy_(form.decode(flat(stored), entry[scale_name(state.name)], state.signed, torch.float32))
+    out = empty_like(stored if form.bits >= 8 else p, torch.float32)
+    scale = stored_scale(entry, state.name, form)
+    flat(out).copy_(form.decode(flat(stored), scale, state.signed, torch.float32, p.numel()))
     return out
 
 
@@ -102,7 +138,7 @@ def store(p: torch.Tensor, entry: dict, state: State, form: Format, values: torc
     codes, scale = form.encode(flat(aligned), state.signed) if form.block else (flat(aligned), None)
     flat(entry[state.name]).copy_(codes)
     if scale is not None:
-        entry[scale_name(state.name)].copy_(scale)
+        entry[scale_name(state.name, form)].copy_(scale)
 
 
 def state_bytes(opt: torch.optim.Optimizer) -> int:

@@ -43,7 +43,7 @@ def test_construction(cls):
         ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
         ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
         ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
-        ({"state_format": "int3"}, ValueError, "unknown state_format 'int3'; known formats: fp32, bf16, int8"),
+        ({"state_format": "int3"}, ValueError, "unknown state_format 'int3'; known formats: fp32, bf16, bf16_stochastic, int8"),
         ({"param_precision": "up"}, ValueError, "unknown param_precision 'up'; known: nearest, stochastic"),
         ({"clip_grad_norm": 0.0}, ValueError, "Invalid clip_grad_norm value: 0.0; it must be positive, or None"),
         ({"clip_grad_norm": float("nan")}, ValueError, "Invalid clip_grad_norm value: nan"),

@@ -168,7 +168,7 @@ def test_mixed_model_equals_per_parameter_reference(config, precision, backend):
             stored = opt.state[p][state.name]
             assert stored.dtype == (torch.uint8 if i in (1, 3) else torch.float32)
             assert memory.strides_match(stored, p)
-            pairs.append(tuple(states.decode(o.state[q], state) for o, q in ((opt, p), (references[i], exact[i]))))
+            pairs.append(tuple(states.decode(q, o.state[q], state) for o, q in ((opt, p), (references[i], exact[i]))))
         for a, b in pairs:  # other backends may round a tie of codes or 16-bit values the other way
             off = (a - b).abs() > 3e-6 * b.abs() + 3e-7
             assert off.sum() <= 0.01 * off.numel() * (p.dtype == torch.bfloat16), (

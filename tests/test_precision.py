@@ -145,8 +145,8 @@ def test_beyond_the_largest_value():
 
 
 def test_names():
-    assert list_precisions() == ["nearest", "stochastic"]
-    with pytest.raises(ValueError, match="unknown param_precision 'kahn'; known: nearest, stochastic"):
+    assert list_precisions() == ["nearest", "stochastic", "kahan", "split24", "split32", "master"]
+    with pytest.raises(ValueError, match="unknown param_precision 'kahn'; known: nearest, stochastic, kahan, split24"):
         get_precision("kahn")
 
 

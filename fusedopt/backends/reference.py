@@ -9,8 +9,8 @@ import torch
 
 from fusedopt.abi import Phase
 from fusedopt.backends.base import BucketKey, Item, Work
-from fusedopt.memory import flat
 from fusedopt.formats import Format
+from fusedopt.memory import flat
 from fusedopt.precision import philox16
 
 

@@ -234,10 +234,13 @@ def _parity_text(out: Diagnosis) -> str:
         cells = [_cell([r for r in results if r.case == case]) for results in out.parity.values()]
         rows.append((case.label, *cells))
     names = [f"{backend} on {device}" for device, backend in out.parity]
-    formats = ", ".join(f"{str(d).removeprefix('torch.')}/{f}" for d, f in combinations())
+    sixteen = sorted({f"{d}".removeprefix("torch.") for d, p, _ in combinations() if p != "nearest"})
+    formats = ", ".join(f for d, _, f in combinations() if d == torch.float32)
+    precisions = ", ".join(p for d, p, _ in combinations() if d != torch.float32)
+    checked = f"float32 parameters with states in {formats};\n {', '.join(sixteen)} parameters kept by {precisions}"
     return (
-        "Parity with the fp64 reference: largest error as a share of its bound, 1.00 at most\n"
-        f"(parameters/states: {formats})\n{render(('optimizer', *names), rows)}"
+        f"Parity with the fp64 reference: largest error as a share of its bound, 1.00 at most\n({checked})\n"
+        f"{render(('optimizer', *names), rows)}"
     )
 
 

@@ -25,7 +25,7 @@ from fusedopt.cli.hf_config import read_config
 from fusedopt.cli.table import render
 from fusedopt.factory import parse_name
 from fusedopt.precision import list_precisions
-from fusedopt.states import option_overrides, scale_name
+from fusedopt.states import option_overrides, scale_names
 
 COMMON = ("adamw", "adamw_bf16", "adamw8bit", "lion", "lion8bit", "sgd", "sgd8bit", "lamb", "lamb8bit")
 OPTIONS = {"sgd": {"momentum": 0.9}}
@@ -126,7 +126,7 @@ def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: 
     states = extra = 0
     for group in opt.param_groups:
         rule = opt.rule_for(group)
-        names = {kind for state in rule.state_names for kind in (state, scale_name(state))}
+        names = {kind for state in rule.state_names for kind in (state, *scale_names(state))}
         for p in group["params"]:
             entry = dict(opt.init_state(p, group, rule))
             del entry["step"]
@@ -228,6 +228,9 @@ def report(model: Model, rows: list[Choice], precision: str, min_numel: int) -> 
         how = {
             "nearest": "Rounding to nearest loses updates below half a unit in the last place: consider stochastic.",
             "stochastic": "Stochastic rounding needs no master copy.",
+            "kahan": "The master column holds the compensations.",
+            "split24": "The master column holds 8 more bits of each weight.",
+            "split32": "The master column holds the other 16 bits of each weight.",
         }
         lines.append(f"16-bit weights with param_precision={precision!r}. {how.get(precision, '')}".rstrip())
     return "\n".join([*lines, "Activations, temporary buffers and the allocator's reserve come on top."])

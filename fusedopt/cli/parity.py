@@ -11,8 +11,9 @@ from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey
 from fusedopt.formats import list_formats
+from fusedopt.masters import stored_precision, weights
 from fusedopt.memory import flat
-from fusedopt.precision import get_precision
+from fusedopt.precision import list_precisions
 from fusedopt.rule import optimizers
 
 LR = 0.05
@@ -78,21 +79,22 @@ def cases() -> list[Case]:
     return list(found.values())
 
 
-def combinations() -> list[tuple[torch.dtype, str]]:
-    """Parameter dtypes and state formats that are checked."""
-    return [*((torch.float32, name) for name in list_formats()), (torch.bfloat16, "int8")]
+def combinations() -> list[tuple[torch.dtype, str, str]]:
+    """Parameter dtypes, param_precisions and state formats that are checked."""
+    formats = [(torch.float32, "nearest", name) for name in list_formats()]
+    return [*formats, *((torch.bfloat16, name, "int8") for name in list_precisions())]
 
 
-def check(case: Case, backend: str, device: torch.device, dtype: torch.dtype, form: str) -> Outcome:
-    """Steps one optimizer on a backend and compares parameters and states after each step with the fp64 reference."""
+def check(case: Case, backend: str, device: torch.device, dtype: torch.dtype, precision: str, form: str) -> Outcome:
+    """Steps one optimizer on a backend and compares weights and states after each step with the fp64 reference."""
     params, states = str(dtype).removeprefix("torch."), form
+    if precision != "nearest":
+        params += f" {precision}"
     try:
         tensors = _random(dtype, device, seed=0)
-        opt = case.build(tensors, state_format=form, backend=backend)
+        opt = case.build(tensors, state_format=form, param_precision=precision, backend=backend)
         rule = opt.rule_for(opt.param_groups[0])
-        key = BucketKey(
-            device, backend, rule.name, dtype, dtype, (form,) * len(rule.states), get_precision("nearest").name, True
-        )
+        key = BucketKey(device, backend, rule.name, dtype, dtype, (form,) * len(rule.states), precision, True)
         why = select.get_backend(backend).supports(key)
         if why is not None:
             return Outcome(case, params, states, reason=why)
@@ -114,23 +116,36 @@ def _compare(case: Case, opt, rule, params: list[torch.nn.Parameter]) -> float:
         for p, q, g in zip(params, exact, _random(params[0].dtype, params[0].device, seed=step + 1), strict=True):
             p.grad = g.detach()
             q.grad = p.grad.cpu().double()
-            q.data.copy_(p.detach())
+            q.data.copy_(weights(p, opt.state[p]))
             for state in rule.states if step else ():
-                oracle.state[q][state.name].copy_(st.decode(opt.state[p], state))
+                oracle.state[q][state.name].copy_(st.decode(p, opt.state[p], state))
+        before = {q: q.detach().clone() for q in exact}
         opt.step()
         oracle.step()
         for p, q in zip(params, exact, strict=True):
-            worst = max(worst, _share(p.detach(), q.detach(), 2e-5 * LR))
-            for state in rule.states:
-                got, want = st.decode(opt.state[p], state), oracle.state[q][state.name]
-                bound = _state_bound(st.stored_format(opt.state[p], state.name), state, want)
+            # LARS takes the norm of the parameter as it is stored, half a bf16 ulp from the weights the oracle has.
+            trust = 2.0**-9 if rule.trust_on == "gradient" and stored_precision(p, opt.state[p]).companion else 0.0
+            moved = (q.detach() - before[q]).abs()
+            worst = max(worst, _weight_share(p, opt.state[p], q.detach(), trust * moved))
+            for state, form in zip(rule.states, st.configured_formats(p, opt.param_groups[0], rule), strict=True):
+                got, want = st.decode(p, opt.state[p], state), oracle.state[q][state.name]
+                bound = _state_bound(form, state, want) + trust * want.abs().max()
                 worst = max(worst, _share(got, want, bound))
     return worst
 
 
+def _weight_share(p: torch.Tensor, entry: dict, want: torch.Tensor, allowed: torch.Tensor) -> float:
+    """The error of a parameter, or of the weights it and its companion stand for."""
+    precision = stored_precision(p, entry)
+    if not precision.companion:
+        return _share(p.detach(), want, 2e-5 * LR)
+    cut = 2.0**-15 * want.abs() if precision.random else 0.0  # one step of the low bits
+    return _share(weights(p, entry), want, 2e-5 * LR + cut + allowed)
+
+
 def _state_bound(form, state, want: torch.Tensor) -> torch.Tensor:
     """What a state may be off: its format's error, and what cancelling fp32 sums lose of the largest values."""
-    relative, absolute = form.error_bound
+    relative, absolute = form.error_bound(state.signed)
     largest = want.abs().max()
     lost = 4.8e-7 * (torch.full_like(want, largest) if state.signed else (want * largest).sqrt())
     if form.block:
