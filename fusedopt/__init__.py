@@ -7,6 +7,7 @@ from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
+from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.rule import list_rules
 from fusedopt.states import override, state_bytes
 
@@ -30,11 +31,13 @@ __all__ = [
     "Lion",
     "clip_grad_norm_",
     "create",
+    "dequantize_blockwise",
     "global_norm",
     "list_formats",
     "list_precisions",
     "list_rules",
     "override",
+    "quantize_blockwise",
     "state_bytes",
     "use_backend",
 ]

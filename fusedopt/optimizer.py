@@ -11,6 +11,7 @@ from fusedopt import checkpoint, masters
 from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
+from fusedopt.lost import LostUpdates
 from fusedopt.options import check_lr, check_nonnegative
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
@@ -99,6 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Pickling, copying and loading
 
     _plan: Plan | None = None
+    _lost_updates: LostUpdates | None = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -217,7 +219,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             plan = self._current_plan(params, grads)
+            lost = self._lost_updates
+            if lost is None:
+                lost = self._lost_updates = LostUpdates(type(self).__name__)
+            lost.before(plan.slots, self.param_groups)
             plan.run([g for g in grads if g is not None], scale, found)
+            lost.after()
         return loss
 
     def _accelerator_check(self) -> None:
