@@ -23,7 +23,7 @@ import generate  # noqa: E402
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 # No contraction and no fast-math: all instruction sets give the same bits. gcc 12 warns inside its own intrinsics.
-KERNEL = "-fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -Wno-maybe-uninitialized"
+KERNEL = "-fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
 ISAS = {"baseline": ""}
 if X86:
     ISAS["avx2"] = "-mavx2 -mf16c"

@@ -1,5 +1,6 @@
 // Python module fusedopt._native_cpu: runs a Launch with the driver of the instruction set it names. Integers and bytes only.
 #include "cpu/isa.h"
+#include "formats.h"
 #include "rule_headers.inc"
 
 #include <pybind11/pybind11.h>
@@ -85,6 +86,14 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// What the tensor drivers take on trust.
+FoDriver checked_driver(int32_t isa, int32_t format, int32_t dtype, int64_t numel, int32_t threads) {
+  if (!fo::is_blockwise(format)) throw std::invalid_argument("no such blockwise format");
+  if (dtype < fo::kF32 || dtype > fo::kF16) throw std::invalid_argument("no such dtype");
+  if (numel < 0 || threads < 1) throw std::invalid_argument("a tensor has no negative size, a call at least one thread");
+  return driver(isa);
+}
+
 int max_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -103,17 +112,21 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("isa", &isa, "(name, code) of the instruction sets this machine can run, the widest last.");
   m.def("max_threads", &max_threads, "Threads OpenMP would use; 1 where it was not available to the build.");
   m.def(
-      "int8_encode",
-      [](uintptr_t values, int64_t numel, bool is_signed, uintptr_t codes, uintptr_t scales, int32_t isa) {
-        driver(isa).int8_encode(at<float>(values), numel, is_signed, at<uint8_t>(codes), at<float>(scales));
+      "encode",
+      [](uintptr_t values, int32_t dtype, int64_t numel, int32_t format, uintptr_t codes, uintptr_t scales, int32_t isa, int32_t threads) {
+        const FoDriver chosen = checked_driver(isa, format, dtype, numel, threads);
+        py::gil_scoped_release released;
+        chosen.encode(at<void>(values), dtype, numel, format, at<uint8_t>(codes), at<float>(scales), threads);
       },
-      py::arg("values"), py::arg("numel"), py::arg("signed"), py::arg("codes"), py::arg("scales"), py::arg("isa"),
-      "Encodes fp32 values into int8 codes and one fp32 scale per 256 of them.");
+      py::arg("values"), py::arg("dtype"), py::arg("numel"), py::arg("format"), py::arg("codes"), py::arg("scales"), py::arg("isa"),
+      py::arg("threads"), "Encodes values of a dtype in a blockwise format: codes and one fp32 scale per block.");
   m.def(
-      "int8_decode",
-      [](uintptr_t codes, uintptr_t scales, int64_t numel, bool is_signed, uintptr_t values, int32_t isa) {
-        driver(isa).int8_decode(at<uint8_t>(codes), at<float>(scales), numel, is_signed, at<float>(values));
+      "decode",
+      [](uintptr_t codes, uintptr_t scales, int64_t numel, int32_t format, uintptr_t values, int32_t dtype, int32_t isa, int32_t threads) {
+        const FoDriver chosen = checked_driver(isa, format, dtype, numel, threads);
+        py::gil_scoped_release released;
+        chosen.decode(at<uint8_t>(codes), at<float>(scales), numel, format, at<void>(values), dtype, threads);
       },
-      py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("signed"), py::arg("values"), py::arg("isa"),
-      "Decodes int8 codes into fp32 values.");
+      py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("format"), py::arg("values"), py::arg("dtype"), py::arg("isa"),
+      py::arg("threads"), "Decodes the codes of a blockwise format into values of a dtype, rounded to nearest even.");
 }

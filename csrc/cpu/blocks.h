@@ -1,4 +1,5 @@
-// Steps with int8 states: a pipeline over whole blocks. While one block is decoded and updated, the block before it is encoded.
+// Steps of streams that are not all fp32 or bf16 in place: a pipeline over blocks of 256 elements. While the coded states of
+// one block are decoded and updated, those of the block before it are encoded.
 //
 // Work on one block at a time, with the encoding put off by one, keeps loads from memory going; tiles of 1024 elements, which
 // pause them for longer, take a quarter more time from memory and the same from cache. So do pieces of 64, for other reasons:
@@ -10,40 +11,29 @@
 
 namespace fo {
 
-template <bool Signed>
-static FO_HD void decode_block(const uint8_t* codes, float scale, float* values) {
-  const Decoder<Signed> decoder;
-  for (int i = 0; i < kBlock; i += kLanes) decoder.run(codes + i, scale, values + i);
-}
+struct CodedState {
+  const BlockCodec* codec = nullptr;  // null: this state has no codes
+  uint8_t* codes;
+  float* scales;
 
-template <bool Signed>
-static FO_HD void encode_block(const float* values, float inverse, uint8_t* codes) {
-  const Encoder<Signed> encoder;
-  if (inverse > 0.f) for (int i = 0; i < kBlock; i += kWide) encoder.run_wide(values + i, inverse, codes + i);
-  else encode_unscaled<Signed>(values, kBlock, codes);
-}
-
-template <class Rule>
-static bool any_int8(const Launch& launch) {
-  bool any = false;
-  for (int i = 0; i < Rule::state_count; ++i) any |= (launch.formats[i] & kFormatMask) == kFormatInt8;
-  return any;
-}
+  FO_HD uint8_t* codes_of(int64_t block) const { return codes + block * (kBlock * codec->bits / 8); }
+  FO_HD float* scales_of(int64_t block) const { return scales + block * codec->parts; }
+};
 
 // Steps the whole blocks among n elements from `start` of a row; returns how many elements that is.
 // update(n, g, p, states): the rule on fp32 arrays.
 template <class Rule, class Update>
 static int64_t step_blocks(const Launch& launch, const Row& row, const Head& head, int64_t start, int64_t n, const Update& update) {
-  constexpr int kStates = Rule::state_count;
-  alignas(64) float values[kStates][2][kBlock], grads[kBlock], params[kBlock];
-  uint8_t* codes[kStates] = {};
-  float *scales[kStates] = {}, inverse[kStates] = {};
-  bool is_signed[kStates];
+  constexpr int kStates = Rule::state_count, kRoom = kStates ? kStates : 1;
+  alignas(64) float values[kRoom][2][kBlock], grads[kBlock], params[kBlock];
+  float inverse[kRoom][2];
+  CodedState coded[kRoom];
   for (int i = 0; i < kStates; ++i) {
-    is_signed[i] = launch.formats[i] & kFormatSigned;
-    if ((launch.formats[i] & kFormatMask) != kFormatInt8) continue;
-    codes[i] = reinterpret_cast<uint8_t*>(row[kState + i]) + start;
-    scales[i] = reinterpret_cast<float*>(row[kScale + i]) + start / kBlock;
+    const int32_t format = launch.formats[i];
+    if (!is_blockwise(format)) continue;
+    coded[i].codec = &block_codec(format);
+    coded[i].codes = reinterpret_cast<uint8_t*>(row[kState + i]) + start * code_bits(format) / 8;
+    coded[i].scales = reinterpret_cast<float*>(row[kScale + i]) + start / block_size(format);
   }
   const int64_t blocks = n / kBlock;
   for (int64_t block = 0; block <= blocks; ++block) {
@@ -51,31 +41,23 @@ static int64_t step_blocks(const Launch& launch, const Row& row, const Head& hea
     if (block < blocks) {
       const int64_t offset = start + block * kBlock;
       float* g = load_tile(row[kGrad], launch.grad_dtype, offset, kBlock, grads);
-      float* p = load_tile(row[kParam], launch.param_dtype, offset, kBlock, params);
+      float* p = load_param(launch, row, offset, kBlock, params);
       float* s[kMaxStates] = {};
       for (int i = 0; i < kStates; ++i) {
         s[i] = values[i][now];
-        if (!codes[i]) s[i] = load_state(row[kState + i], 0, launch.formats[i], offset, kBlock, s[i]);
-        else if (is_signed[i]) decode_block<true>(codes[i] + block * kBlock, scales[i][block], s[i]);
-        else decode_block<false>(codes[i] + block * kBlock, scales[i][block], s[i]);
+        if (coded[i].codec) coded[i].codec->decode(coded[i].codes_of(block), coded[i].scales_of(block), s[i]);
+        else s[i] = load_state(launch, row, i, offset, kBlock, s[i]);
       }
       update(kBlock, g, p, s);
       for (int i = 0; i < kStates; ++i) {
-        if (!codes[i]) store_state(row[kState + i], 0, launch.formats[i], offset, kBlock, s[i]);
+        if (!coded[i].codec) store_state(launch, row, head, i, offset, kBlock, s[i]);
       }
-      store_param(row[kParam], launch, head, uint32_t(row.tensor()), offset, kBlock, p);
+      store_param(launch, row, head, offset, kBlock, p);
     }
     for (int i = 0; i < kStates; ++i) {
-      if (!codes[i]) continue;
-      if (block > 0) {
-        uint8_t* out = codes[i] + (block - 1) * kBlock;
-        if (is_signed[i]) encode_block<true>(values[i][1 - now], inverse[i], out);
-        else encode_block<false>(values[i][1 - now], inverse[i], out);
-      }
-      if (block == blocks) continue;
-      const float scale = scale_of(values[i][now], kBlock);
-      scales[i][block] = scale;
-      inverse[i] = inverse_scale(scale);
+      if (!coded[i].codec) continue;
+      if (block > 0) coded[i].codec->encode(values[i][1 - now], inverse[i], coded[i].codes_of(block - 1));
+      if (block < blocks) coded[i].codec->scale(values[i][now], coded[i].scales_of(block), inverse[i]);
     }
   }
   return blocks * kBlock;

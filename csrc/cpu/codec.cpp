@@ -1,67 +1,108 @@
-// int8 blocks: absmax, then codes in vectors where the instruction set has permutations, otherwise element by element.
+// Codes of 256 values for every coded format, in vectors where the instruction set has some; streams and their tails on top.
 #include "codec.h"
-#include "tile.h"
 
-#include <cstring>
+#if defined(__AVX512F__)
+#include "codec_avx512.h"
+#elif defined(__AVX2__)
+#include "codec_avx2.h"
+#else
+#include "codec_portable.h"
+#endif
 
 namespace fo {
 
-// Calls run(in, out) for whole vectors, then for the rest in buffers: nothing beyond the n elements is touched.
-template <class In, class Out, class Run>
-static FO_HD void for_lanes(const In* in, Out* out, int n, Run&& run) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) run(in + i, out + i);
+static FO_HD uint32_t largest_magnitude(const float* values, int n) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t m = magnitude(values[i]);
+    largest = m > largest ? m : largest;
+  }
+  return largest;
+}
+
+// The scale of values that hold a NaN or an infinity, which become +-scale: they take the code of the largest value.
+static __attribute__((noinline)) float scale_finite(float* values, int n) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t m = finite_magnitude(values[i]);
+    largest = m > largest ? m : largest;
+  }
+  const float scale = block_scale(largest);
+  for (int i = 0; i < n; ++i) {
+    if (magnitude(values[i]) >= kInfinite) values[i] = from_bits(bits(scale) | (bits(values[i]) & 0x80000000u));
+  }
+  return scale;
+}
+
+template <int Parts>
+static void scale_block(float* values, float* scales, float* inverses) {
+  constexpr int n = kBlock / Parts;
+  for (int part = 0; part < Parts; ++part) {
+    const uint32_t largest = largest_magnitude(values + part * n, n);
+    scales[part] = largest < kInfinite ? block_scale(largest) : scale_finite(values + part * n, n);
+    inverses[part] = inverse_scale(scales[part]);
+  }
+}
+
+template <int32_t Format, bool Signed>
+static void decode_block(const uint8_t* codes, const float* scales, float* values) {
+  constexpr int n = Lanes<Format, Signed>::count;
+  for (int i = 0; i < kBlock; i += n) Lanes<Format, Signed>::decode(codes + (Format == kFormatInt4 ? i / 2 : i), scales[i / n], values + i);
+}
+
+template <int32_t Format, bool Signed>
+static void encode_block(const float* values, const float* inverses, uint8_t* codes) {
+  constexpr int n = Lanes<Format, Signed>::count, bytes = Format == kFormatInt4 ? n / 2 : n;
+  constexpr int zero = !Signed ? 0 : Format == kFormatInt8 ? 127 : Format == kFormatInt4 ? 0x77 : 0;
+  for (int i = 0; i < kBlock / n; ++i) {
+    if (inverses[i] > 0.f) Lanes<Format, Signed>::encode(values + i * n, inverses[i], codes + i * bytes);
+    else std::memset(codes + i * bytes, zero, bytes);
+  }
+}
+
+template <int32_t Format, bool Signed>
+static constexpr BlockCodec codec() {
+  constexpr bool half = Format == kFormatInt4;
+  return {decode_block<Format, Signed>, encode_block<Format, Signed>, scale_block<half ? 2 : 1>, half ? 2 : 1, half ? 4 : 8};
+}
+
+const BlockCodec& block_codec(int32_t format) {
+  static constexpr BlockCodec codecs[][2] = {
+      {codec<kFormatInt8, false>(), codec<kFormatInt8, true>()},
+      {codec<kFormatInt8c, false>(), codec<kFormatInt8c, true>()},
+      {codec<kFormatFp8, false>(), codec<kFormatFp8, true>()},
+      {codec<kFormatInt4, false>(), codec<kFormatInt4, true>()},
+  };
+  return codecs[(format & kFormatMask) - kFormatInt8][format & kFormatSigned ? 1 : 0];
+}
+
+void decode_blocks(int32_t format, const uint8_t* codes, const float* scales, int64_t n, float* values) {
+  const BlockCodec& codec = block_codec(format);
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) codec.decode(codes + i * codec.bits / 8, scales + i * codec.parts / kBlock, values + i);
   if (i == n) return;
-  In in_tail[kLanes] = {};
-  Out out_tail[kLanes];
-  std::memcpy(in_tail, in + i, size_t(n - i) * sizeof(In));
-  run(in_tail, out_tail);
-  std::memcpy(out + i, out_tail, size_t(n - i) * sizeof(Out));
+  uint8_t bytes[kBlock] = {};
+  float two[2] = {}, out[kBlock];
+  const int count = int(n - i), parts = (count * codec.parts + kBlock - 1) / kBlock;
+  std::memcpy(bytes, codes + i * codec.bits / 8, size_t((count * codec.bits + 7) / 8));
+  std::memcpy(two, scales + i * codec.parts / kBlock, size_t(parts) * sizeof(float));
+  codec.decode(bytes, two, out);
+  std::memcpy(values + i, out, size_t(count) * sizeof(float));
 }
 
-template <bool Signed>
-static void decode_blocks(const uint8_t* __restrict codes, const float* __restrict scales, int64_t n, float* __restrict values) {
-  const Decoder<Signed> decoder;
+void encode_blocks(int32_t format, const float* values, int64_t n, uint8_t* codes, float* scales) {
+  const BlockCodec& codec = block_codec(format);
   for (int64_t i = 0; i < n; i += kBlock) {
-    const float scale = scales[i / kBlock];
-    for_lanes(codes + i, values + i, int(n - i < kBlock ? n - i : kBlock),
-              [&](const uint8_t* in, float* out) __attribute__((always_inline)) { decoder.run(in, scale, out); });
-  }
-}
-
-// Scales of all blocks first: their reductions and divisions then overlap instead of delaying each block's codes.
-template <bool Signed>
-static void encode_tile(const float* __restrict values, int n, uint8_t* __restrict codes, float* __restrict scales) {
-  float inverse[kTile / kBlock];
-  for (int i = 0; i < n; i += kBlock) {
-    const int count = n - i < kBlock ? n - i : kBlock;
-    const float scale = scale_of(values + i, count);
-    scales[i / kBlock] = scale;
-    inverse[i / kBlock] = inverse_scale(scale);
-  }
-  const Encoder<Signed> encoder;
-  for (int i = 0; i < n; i += kBlock) {
-    const int count = n - i < kBlock ? n - i : kBlock;
-    const float factor = inverse[i / kBlock];
-    if (!(factor > 0.f)) {
-      encode_unscaled<Signed>(values + i, count, codes + i);
-    } else {
-      for_lanes(values + i, codes + i, count,
-                [&](const float* in, uint8_t* out) __attribute__((always_inline)) { encoder.run(in, factor, out); });
-    }
-  }
-}
-
-void decode_int8(const uint8_t* codes, const float* scales, int64_t n, bool is_signed, float* values) {
-  if (is_signed) decode_blocks<true>(codes, scales, n, values);
-  else decode_blocks<false>(codes, scales, n, values);
-}
-
-void encode_int8(const float* values, int64_t n, bool is_signed, uint8_t* codes, float* scales) {
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int count = int(n - i < kTile ? n - i : kTile);
-    if (is_signed) encode_tile<true>(values + i, count, codes + i, scales + i / kBlock);
-    else encode_tile<false>(values + i, count, codes + i, scales + i / kBlock);
+    const int count = int(n - i < kBlock ? n - i : kBlock), parts = (count * codec.parts + kBlock - 1) / kBlock;
+    float in[kBlock], two[2], inverses[2];
+    uint8_t bytes[kBlock];
+    std::memcpy(in, values + i, size_t(count) * sizeof(float));
+    if (count < kBlock) std::memset(in + count, 0, size_t(kBlock - count) * sizeof(float));
+    codec.scale(in, two, inverses);
+    std::memcpy(scales + i * codec.parts / kBlock, two, size_t(parts) * sizeof(float));
+    uint8_t* out = codes + i * codec.bits / 8;
+    codec.encode(in, inverses, count == kBlock ? out : bytes);
+    if (count < kBlock) std::memcpy(out, bytes, size_t((count * codec.bits + 7) / 8));
   }
 }
 

@@ -1,31 +1,22 @@
-// int8 lanes of the instruction set this file is compiled for: Decoder and Encoder of kLanes elements, and a block's scale.
+// Blocks of the coded state formats: 256 values at a time, which is one block, or two of int4.
 #pragma once
-#if defined(__AVX512F__)
-#include "codec_avx512.h"
-#elif defined(__AVX2__)
-#include "codec_avx2.h"
-#else
-#include "codec_portable.h"
-#endif
+#include "../formats.h"
 
 namespace fo {
 
-static inline float scale_of(const float* values, int count) {
-  uint32_t largest = 0;
-  for (int i = 0; i < count; ++i) {
-    const uint32_t m = magnitude(values[i]);
-    largest = m > largest ? m : largest;
-  }
-  return block_scale(largest);
-}
+struct BlockCodec {
+  void (*decode)(const uint8_t* codes, const float* scales, float* values);
+  void (*encode)(const float* values, const float* inverses, uint8_t* codes);  // finite values
+  void (*scale)(float* values, float* scales, float* inverses);  // makes the values finite
+  int parts;  // scales in 256 values
+  int bits;   // per code
+};
 
-// A block without an inverse scale: all zeros, or one with a NaN or an infinity, whose scale says so. The lanes leave it out.
-template <bool Signed>
-static void encode_unscaled(const float* values, int n, uint8_t* codes) {
-  for (int i = 0; i < n; ++i) {
-    const uint8_t end = bits(values[i]) >> 31 ? 0 : 255;
-    codes[i] = !Signed ? 0 : magnitude(values[i]) < 0x7F800000u ? 127 : end;
-  }
-}
+// `values` of all codecs start at a multiple of 4 bytes, no more.
+const BlockCodec& block_codec(int32_t format);
+
+// n values of a stream that starts at a block; the last block may be short. The values of `encode` stay as they are.
+void decode_blocks(int32_t format, const uint8_t* codes, const float* scales, int64_t n, float* values);
+void encode_blocks(int32_t format, const float* values, int64_t n, uint8_t* codes, float* scales);
 
 }  // namespace fo

@@ -1,18 +1,16 @@
-// int8 lanes with AVX2: 8 values at a time, the 8-entry tables of formats.h looked up by permutation.
-// The results are those of int8_decode and int8_encode bit for bit; tests compare them.
+// int8 with AVX2: 8 values at a time, the 8-entry tables of formats/int8.h looked up by permutation. Other formats: portable.
+// The results are those of the scalar functions bit for bit; tests compare them.
 #pragma once
-#include "../formats.h"
+#include "codec_portable.h"
 
 #include <immintrin.h>
 
 namespace fo {
 
-constexpr int kLanes = 8, kWide = 8;
-
 FO_HD __m256 lookup8(__m256 table, __m256i index) { return _mm256_permutevar8x32_ps(table, index); }  // index modulo 8
 
 template <bool Signed>
-struct Decoder {
+struct Int8Decoder {
   static constexpr Int8Map map = make_int8_map(Signed);
   __m256 base = _mm256_loadu_ps(map.base), step = _mm256_loadu_ps(map.step);
 
@@ -33,7 +31,7 @@ struct Decoder {
 };
 
 template <bool Signed>
-struct Encoder {
+struct Int8Encoder {
   static constexpr Int8Map map = make_int8_map(Signed);
   struct Last { float value[8]; };
   static constexpr Last make() {
@@ -74,8 +72,21 @@ struct Encoder {
     __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(words, words));
   }
+};
 
-  FO_HD void run_wide(const float* values, float inverse_scale, uint8_t* codes) const { run(values, inverse_scale, codes); }
+template <bool Signed>
+struct Lanes<kFormatInt8, Signed> {
+  static constexpr int count = kBlock;
+
+  static void decode(const uint8_t* codes, float scale, float* values) {
+    const Int8Decoder<Signed> decoder;
+    for (int i = 0; i < kBlock; i += 8) decoder.run(codes + i, scale, values + i);
+  }
+
+  static void encode(const float* values, float inverse, uint8_t* codes) {
+    const Int8Encoder<Signed> encoder;
+    for (int i = 0; i < kBlock; i += 8) encoder.run(values + i, inverse, codes + i);
+  }
 };
 
 }  // namespace fo

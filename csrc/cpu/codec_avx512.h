@@ -1,17 +1,15 @@
 // int8 lanes with AVX-512: 16 values at a time, tables of 16 and 32 entries looked up by permutation on a float's exponent.
 // The results are those of int8_decode and int8_encode bit for bit; tests compare them.
 #pragma once
-#include "../formats.h"
+#include "codec_portable.h"
 
 #include <immintrin.h>
 
 namespace fo {
 
-constexpr int kLanes = 16, kWide = 64;
-
 // Decade j of k = [2^j, 2^(j+1)) has exponent 127 + j, of which a permutation takes 4 bits.
 template <bool Signed>
-struct Decoder {
+struct Int8Decoder {
   struct Tables { float base[16], step[16]; };
   static constexpr Tables make() {
     Tables tables{};
@@ -47,7 +45,7 @@ struct Decoder {
 // Tables by exponent, of which a permutation of 32 entries takes 5 bits: y is in [2^-24, 1]. An octave holds at most one
 // boundary of decades: entry e describes its upper part, and below the boundary entry e - 1 applies.
 template <bool Signed>
-struct Encoder {
+struct Int8Encoder {
   struct Tables { float boundary[32], low[32], inverse[32], last[32]; };
   static constexpr Tables make() {
     Tables tables{};
@@ -95,17 +93,27 @@ struct Encoder {
     return _mm512_maskz_cvttps_epi32(nonzero, _mm512_add_round_ps(i, end, kDown));
   }
 
+  // 64 codes at a time: saturating packs, which also turn -1 into 0, work on quarters that one permutation puts in order.
   FO_HD void run(const float* values, float inverse_scale, uint8_t* codes) const {
-    __m512i c = _mm512_max_epi32(code(values, inverse_scale), _mm512_setzero_si512());
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(c));
-  }
-
-  // kWide codes at a time: saturating packs, which also turn -1 into 0, work on quarters that one permutation puts in order.
-  FO_HD void run_wide(const float* values, float inverse_scale, uint8_t* codes) const {
     __m512i low16 = _mm512_packs_epi32(code(values, inverse_scale), code(values + 16, inverse_scale));
     __m512i high16 = _mm512_packs_epi32(code(values + 32, inverse_scale), code(values + 48, inverse_scale));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low16, high16)));
+  }
+};
+
+template <bool Signed>
+struct Lanes<kFormatInt8, Signed> {
+  static constexpr int count = kBlock;
+
+  static void decode(const uint8_t* codes, float scale, float* values) {
+    const Int8Decoder<Signed> decoder;
+    for (int i = 0; i < kBlock; i += 16) decoder.run(codes + i, scale, values + i);
+  }
+
+  static void encode(const float* values, float inverse, uint8_t* codes) {
+    const Int8Encoder<Signed> encoder;
+    for (int i = 0; i < kBlock; i += 64) encoder.run(values + i, inverse, codes + i);
   }
 };
 

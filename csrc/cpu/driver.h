@@ -1,6 +1,6 @@
 // The multi-tensor step on a CPU: for every chunk of the launch decode, rule, encode. Compiled once per rule and instruction set.
 //
-// fp32 and bf16 streams are stepped where they lie, in one vectorised loop; int8, fp16 and stochastic rounding go through buffers.
+// fp32 and bf16 streams are stepped where they lie, in one vectorised loop; all others go through buffers (blocks.h).
 // Each element belongs to exactly one chunk; the last chunk of a row and its last tile are short.
 #pragma once
 #include "../precision.h"
@@ -101,34 +101,26 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   std::memcpy(&scalars, numbers + kScalarHead, sizeof scalars);
   const Stage stage = make_stage<Rule>(launch, launch.phase, head, scalars, tensor);
 
-  const int64_t g = row[kGrad], p = row[kParam];
-  if (Store && InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
-
   int64_t blocked = 0;
-  if constexpr (Store && Rule::state_count > 0) {
-    if (any_int8<Rule>(launch)) {
-      blocked = step_blocks<Rule>(launch, row, head, start, n, [&](int64_t count, float* gt, float* pt, float** s) {
-        update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, stage, scalars);
-      });
-    }
+  if constexpr (Store) {
+    if (InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
+    blocked = step_blocks<Rule>(launch, row, head, start, n, [&](int64_t count, float* gt, float* pt, float** s) {
+      update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, stage, scalars);
+    });
   }
   alignas(64) float buffer[3 + Rule::state_count][kTile];
   SquareSum param_sum, update_sum;
   for (int64_t done = blocked; done < n; done += kTile) {
     const int64_t offset = start + done;
     const int count = int(n - done < kTile ? n - done : kTile);
-    float* gt = load_tile(g, launch.grad_dtype, offset, count, buffer[0]);
-    float* pt = load_tile(p, launch.param_dtype, offset, count, buffer[1]);
+    float* gt = load_tile(row[kGrad], launch.grad_dtype, offset, count, buffer[0]);
+    float* pt = load_param(launch, row, offset, count, buffer[1]);
     float* s[kMaxStates] = {};
-    for (int i = 0; i < Rule::state_count; ++i) {
-      s[i] = load_state(row[kState + i], row[kScale + i], launch.formats[i], offset, count, buffer[3 + i]);
-    }
+    for (int i = 0; i < Rule::state_count; ++i) s[i] = load_state(launch, row, i, offset, count, buffer[3 + i]);
     update<Rule, Store>(count, gt, pt, s[0], s[1], s[2], s[3], buffer[2], stage, scalars);
     if constexpr (Store) {
-      for (int i = 0; i < Rule::state_count; ++i) {
-        store_state(row[kState + i], row[kScale + i], launch.formats[i], offset, count, s[i]);
-      }
-      store_param(p, launch, head, uint32_t(tensor), offset, count, pt);
+      for (int i = 0; i < Rule::state_count; ++i) store_state(launch, row, head, i, offset, count, s[i]);
+      store_param(launch, row, head, offset, count, pt);
     } else {
       param_sum.add(pt, count);
       update_sum.add(buffer[2], count);

@@ -11,8 +11,8 @@ enum FoIsa : int32_t { kIsaBaseline = 0, kIsaAvx2 = 1, kIsaAvx512 = 2, kIsaCount
 struct FoDriver {
   void (*const* steps)(const void* launch);  // by rule id
   void (*norm)(const void* launch);
-  void (*int8_encode)(const float* values, int64_t numel, bool is_signed, uint8_t* codes, float* scales);
-  void (*int8_decode)(const uint8_t* codes, const float* scales, int64_t numel, bool is_signed, float* values);
+  void (*encode)(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads);
+  void (*decode)(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype, int32_t threads);
 };
 
 namespace fo_baseline { FoDriver driver(); }

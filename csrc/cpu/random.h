@@ -33,13 +33,13 @@ struct WordVector {
   }
 };
 
-// 16 bits for each of n elements from element `start`, a multiple of 8. In little-endian memory the words of an octet are its
+// 16 bits of a stream (philox.h) for each of n elements from element `start`, a multiple of 8. In little-endian memory the words of an octet are its
 // elements' bits in order. `out` has room for whole vectors.
-static inline void random_bits(const Head& head, uint32_t tensor, int64_t start, int n, uint16_t* out) {
+static inline void random_bits(const Head& head, uint32_t tensor, int stream, int64_t start, int n, uint16_t* out) {
   using Words = WordVector::Word;
   constexpr int lanes = WordVector::lanes;
   Words octet;
-  for (int lane = 0; lane < lanes; ++lane) octet[lane] = uint64_t(start) / 8 + uint64_t(lane);
+  for (int lane = 0; lane < lanes; ++lane) octet[lane] = stream_octet(uint64_t(start) / 8 + uint64_t(lane), stream);
   for (int i = 0; i < n; i += 8 * lanes, octet += lanes) {
     Words c[4] = {octet, octet >> 32, Words{} + tensor, Words{} + head.step};
     philox_rounds<WordVector>(c, head.seed_lo, head.seed_hi);

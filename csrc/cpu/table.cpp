@@ -1,6 +1,5 @@
-// What an instruction set offers: the steps of all rules, the norms, and int8 blocks on their own.
+// What an instruction set offers: the steps of all rules, the norms, and tensors of codes on their own.
 #include "isa.h"
-#include "parallel.h"
 #include "tile.h"
 
 namespace fo {
@@ -17,16 +16,6 @@ static void (*const steps[])(const void*) = {
 };
 #undef FO_LIST
 
-static void encode(const float* values, int64_t numel, bool is_signed, uint8_t* codes, float* scales) {
-  FlushSubnormals mode;
-  encode_int8(values, numel, is_signed, codes, scales);
-}
-
-static void decode(const uint8_t* codes, const float* scales, int64_t numel, bool is_signed, float* values) {
-  FlushSubnormals mode;
-  decode_int8(codes, scales, numel, is_signed, values);
-}
-
-FoDriver driver() { return {steps, norm, encode, decode}; }
+FoDriver driver() { return {steps, norm, encode_tensor, decode_tensor}; }
 
 }  // namespace fo

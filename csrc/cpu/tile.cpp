@@ -1,12 +1,17 @@
-// Loads and stores of tiles: 16-bit floats, rounded to nearest or stochastically, and int8 blocks. Loops vectorised by the compiler.
+// Loads and stores of tiles: 16-bit floats, rounded to nearest or stochastically, weights with a companion, and coded states.
+// Loops vectorised by the compiler.
 #include "tile.h"
 
 #include "../precision.h"
+#include "codec.h"
 #include "random.h"
 
 namespace fo {
 
 static_assert(kFormatF32 == int(kF32) && kFormatBF16 == int(kBF16), "unscaled formats share the codes of their dtypes");
+
+template <class T>
+static T* at(int64_t address, int64_t offset) { return reinterpret_cast<T*>(address) + offset; }
 
 static void load_bf16(const uint16_t* __restrict x, int n, float* __restrict out) {
   for (int i = 0; i < n; ++i) out[i] = bf16_to_float(x[i]);
@@ -32,43 +37,160 @@ static void store_f16_stochastic(const float* __restrict x, const uint16_t* __re
   for (int i = 0; i < n; ++i) out[i] = float_to_f16_stochastic(x[i], random[i]);
 }
 
+template <class Low>
+static void load_split(const uint16_t* __restrict high, const Low* __restrict low, int n, float* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = join(high[i], int32_t(low[i]) * (sizeof(Low) == 1 ? 256 : 1));
+}
+
+static void store_split32(const float* __restrict x, int n, uint16_t* __restrict high, int16_t* __restrict low) {
+  for (int i = 0; i < n; ++i) {
+    const Split split = split32(x[i]);
+    high[i] = split.high;
+    low[i] = split.low;
+  }
+}
+
+static void store_split24(const float* __restrict x, const uint16_t* __restrict random, int n, uint16_t* __restrict high,
+                          int8_t* __restrict low) {
+  for (int i = 0; i < n; ++i) {
+    const Split split = split24(x[i], random[i]);
+    high[i] = split.high;
+    low[i] = int8_t(split.low);
+  }
+}
+
+static void load_tile16(const uint16_t* x, int32_t dtype, int n, float* out) {
+  if (dtype == kBF16) load_bf16(x, n, out);
+  else load_f16(x, n, out);
+}
+
+static void store_tile16(const float* x, int32_t dtype, int n, uint16_t* out) {
+  if (dtype == kBF16) store_bf16(x, n, out);
+  else store_f16(x, n, out);
+}
+
+static void store_tile16_stochastic(const float* x, int32_t dtype, const uint16_t* random, int n, uint16_t* out) {
+  if (dtype == kBF16) store_bf16_stochastic(x, random, n, out);
+  else store_f16_stochastic(x, random, n, out);
+}
+
 float* load_tile(int64_t address, int32_t dtype, int64_t offset, int n, float* buffer) {
-  if (dtype == kF32) return reinterpret_cast<float*>(address) + offset;
-  auto* halves = reinterpret_cast<const uint16_t*>(address) + offset;
-  if (dtype == kBF16) load_bf16(halves, n, buffer);
-  else load_f16(halves, n, buffer);
+  if (dtype == kF32) return at<float>(address, offset);
+  load_tile16(at<uint16_t>(address, offset), dtype, n, buffer);
   return buffer;
 }
 
-float* load_state(int64_t address, int64_t scale, int32_t format, int64_t offset, int n, float* buffer) {
-  if ((format & kFormatMask) != kFormatInt8) return load_tile(address, format & kFormatMask, offset, n, buffer);
-  decode_int8(reinterpret_cast<const uint8_t*>(address) + offset, reinterpret_cast<const float*>(scale) + offset / kBlock, n,
-              format & kFormatSigned, buffer);
+static void add(const float* __restrict x, int n, float* __restrict sum) {
+  for (int i = 0; i < n; ++i) sum[i] += x[i];
+}
+
+static void subtract_rounded(const float* __restrict x, int n, float* __restrict rounded) {
+  for (int i = 0; i < n; ++i) rounded[i] = remainder(x[i], rounded[i]);
+}
+
+float* load_param(const Launch& launch, const Row& row, int64_t offset, int n, float* buffer) {
+  const int64_t companion = row[kCompanion];
+  if (launch.param_dtype == kF32) return at<float>(row[kParam], offset);
+  const uint16_t* p = at<uint16_t>(row[kParam], offset);
+  switch (launch.precision) {
+    case kMaster:
+      return at<float>(companion, offset);
+    case kSplit24:
+      load_split(p, at<int8_t>(companion, offset), n, buffer);
+      return buffer;
+    case kSplit32:
+      load_split(p, at<int16_t>(companion, offset), n, buffer);
+      return buffer;
+    case kKahan: {
+      float rest[kTile];
+      load_tile16(p, launch.param_dtype, n, buffer);
+      load_tile16(at<uint16_t>(companion, offset), launch.param_dtype, n, rest);
+      add(rest, n, buffer);
+      return buffer;
+    }
+    default:
+      load_tile16(p, launch.param_dtype, n, buffer);
+      return buffer;
+  }
+}
+
+void store_param(const Launch& launch, const Row& row, const Head& head, int64_t offset, int n, const float* values) {
+  const int32_t dtype = launch.param_dtype;
+  if (dtype == kF32) return;
+  const int64_t companion = row[kCompanion];
+  uint16_t* p = at<uint16_t>(row[kParam], offset);
+  uint16_t random[kTile];
+  if (launch.precision == kStochastic || launch.precision == kKahan || launch.precision == kSplit24) {
+    random_bits(head, uint32_t(row.tensor()), 0, offset, n, random);
+  }
+  switch (launch.precision) {
+    case kStochastic:
+      return store_tile16_stochastic(values, dtype, random, n, p);
+    case kSplit24:
+      return store_split24(values, random, n, p, at<int8_t>(companion, offset));
+    case kSplit32:
+      return store_split32(values, n, p, at<int16_t>(companion, offset));
+    case kKahan: {
+      float rest[kTile];
+      store_tile16(values, dtype, n, p);
+      load_tile16(p, dtype, n, rest);
+      subtract_rounded(values, n, rest);
+      return store_tile16_stochastic(rest, dtype, random, n, at<uint16_t>(companion, offset));
+    }
+    default:  // nearest, and the rounded copy of a master weight
+      return store_tile16(values, dtype, n, p);
+  }
+}
+
+float* load_state(const Launch& launch, const Row& row, int i, int64_t offset, int n, float* buffer) {
+  const int32_t format = launch.formats[i];
+  if (!is_blockwise(format)) return load_tile(row[kState + i], (format & kFormatMask) == kFormatF32 ? kF32 : kBF16, offset, n, buffer);
+  decode_blocks(format, at<uint8_t>(row[kState + i], offset * code_bits(format) / 8),
+                at<float>(row[kScale + i], offset / block_size(format)), n, buffer);
   return buffer;
 }
 
-void store_state(int64_t address, int64_t scale, int32_t format, int64_t offset, int n, const float* values) {
-  if ((format & kFormatMask) == kFormatInt8) {
-    encode_int8(values, n, format & kFormatSigned, reinterpret_cast<uint8_t*>(address) + offset,
-                reinterpret_cast<float*>(scale) + offset / kBlock);
-  } else if ((format & kFormatMask) == kFormatBF16) {
-    store_bf16(values, n, reinterpret_cast<uint16_t*>(address) + offset);
+void store_state(const Launch& launch, const Row& row, const Head& head, int i, int64_t offset, int n, const float* values) {
+  const int32_t format = launch.formats[i], id = format & kFormatMask;
+  if (id == kFormatF32) return;
+  if (is_blockwise(format)) {
+    return encode_blocks(format, values, n, at<uint8_t>(row[kState + i], offset * code_bits(format) / 8),
+                         at<float>(row[kScale + i], offset / block_size(format)));
+  }
+  uint16_t* out = at<uint16_t>(row[kState + i], offset);
+  if (id == kFormatBF16) return store_bf16(values, n, out);
+  uint16_t random[kTile];
+  random_bits(head, uint32_t(row.tensor()), 1 + i, offset, n, random);
+  store_bf16_stochastic(values, random, n, out);
+}
+
+// Calls body(first, count) for tiles of a tensor. A share of 16 tiles keeps the prefetchers' streams long.
+template <class Body>
+static void for_tiles(int64_t numel, int32_t threads, const Body& body) {
+  const int64_t tiles = (numel + kTile - 1) / kTile;
+#pragma omp parallel num_threads(threads) if (threads > 1 && numel > kSerialElements)
+  {
+    FlushSubnormals mode;
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t i = 0; i < tiles; ++i) body(i * kTile, int(numel - i * kTile < kTile ? numel - i * kTile : kTile));
   }
 }
 
-void store_param(int64_t address, const Launch& launch, const Head& head, uint32_t tensor, int64_t offset, int n, const float* values) {
-  if (launch.param_dtype == kF32) return;
-  auto* out = reinterpret_cast<uint16_t*>(address) + offset;
-  if (launch.precision == kStochastic) {
-    uint16_t random[kTile];
-    random_bits(head, tensor, offset, n, random);
-    if (launch.param_dtype == kBF16) store_bf16_stochastic(values, random, n, out);
-    else store_f16_stochastic(values, random, n, out);
-  } else if (launch.param_dtype == kBF16) {
-    store_bf16(values, n, out);
-  } else {
-    store_f16(values, n, out);
-  }
+void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads) {
+  for_tiles(numel, threads, [&](int64_t first, int n) {
+    alignas(64) float buffer[kTile];
+    const float* x = load_tile(reinterpret_cast<int64_t>(values), dtype, first, n, buffer);
+    encode_blocks(format, x, n, codes + first * code_bits(format) / 8, scales + first / block_size(format));
+  });
+}
+
+void decode_tensor(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype, int32_t threads) {
+  for_tiles(numel, threads, [&](int64_t first, int n) {
+    alignas(64) float buffer[kTile];
+    float* out = dtype == kF32 ? static_cast<float*>(values) + first : buffer;
+    decode_blocks(format, codes + first * code_bits(format) / 8, scales + first / block_size(format), n, out);
+    if (dtype != kF32) store_tile16(out, dtype, n, static_cast<uint16_t*>(values) + first);
+  });
 }
 
 }  // namespace fo

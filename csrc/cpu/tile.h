@@ -1,23 +1,27 @@
 // Tiles: the fp32 view of a few hundred consecutive elements of a stream, in place or in a buffer in the first-level cache.
 #pragma once
 #include "../fusedopt.h"
+#include "parallel.h"
 
 namespace fo {
 
-// Elements per tile where a stream needs decoding: AdamW's four buffers take 16 KB of a 32 or 48 KB first-level cache.
-constexpr int kTile = 1024;
+constexpr int kTile = 1024;  // elements per tile at most, and of the tiles that probes and norms take
 static_assert(kGrainSize % kTile == 0 && kTile % kBlock == 0, "tiles divide grains, blocks divide tiles");
 
 // A tile as fp32: a pointer into the stream itself where that is fp32, otherwise `buffer`, filled. Offsets are in elements.
 float* load_tile(int64_t address, int32_t dtype, int64_t offset, int n, float* buffer);
-float* load_state(int64_t address, int64_t scale, int32_t format, int64_t offset, int n, float* buffer);
+
+// The weights that the parameter and its companion stand for. They lie in place in fp32 parameters and master weights.
+float* load_param(const Launch& launch, const Row& row, int64_t offset, int n, float* buffer);
+// State i, whose tiles start at a block.
+float* load_state(const Launch& launch, const Row& row, int i, int64_t offset, int n, float* buffer);
 
 // Stores what was loaded that way; fp32 streams are up to date already.
-void store_state(int64_t address, int64_t scale, int32_t format, int64_t offset, int n, const float* values);
-void store_param(int64_t address, const Launch& launch, const Head& head, uint32_t tensor, int64_t offset, int n, const float* values);
+void store_param(const Launch& launch, const Row& row, const Head& head, int64_t offset, int n, const float* values);
+void store_state(const Launch& launch, const Row& row, const Head& head, int i, int64_t offset, int n, const float* values);
 
-// int8 codes and scales of formats.h. The streams start at a block; the last block may be short.
-void decode_int8(const uint8_t* codes, const float* scales, int64_t n, bool is_signed, float* values);
-void encode_int8(const float* values, int64_t n, bool is_signed, uint8_t* codes, float* scales);
+// A flat tensor of any dtype into codes and back.
+void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads);
+void decode_tensor(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype, int32_t threads);
 
 }  // namespace fo

@@ -6,8 +6,10 @@ import os
 
 import torch  # before the extension, which then shares torch's OpenMP runtime and its threads
 
+from fusedopt.abi import DTYPE_CODES
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.backends.native import NativeBackend
+from fusedopt.formats import Format
 
 try:
     import fusedopt._native_cpu as native
@@ -46,3 +48,13 @@ class CpuBackend(NativeBackend):
 
     def launch(self, work: Work) -> None:
         native.launch(self.packed(work, threads=torch.get_num_threads(), isa=self._isa))
+
+    def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        dtype, code, threads = DTYPE_CODES[x.dtype], form.code(signed), torch.get_num_threads()
+        native.encode(x.data_ptr(), dtype, x.numel(), code, codes.data_ptr(), scale.data_ptr(), self._isa, threads)
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, form: Format, signed: bool, out: torch.Tensor
+    ) -> None:
+        dtype, code, threads = DTYPE_CODES[out.dtype], form.code(signed), torch.get_num_threads()
+        native.decode(codes.data_ptr(), scale.data_ptr(), out.numel(), code, out.data_ptr(), dtype, self._isa, threads)
