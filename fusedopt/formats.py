@@ -122,7 +122,8 @@ def _encode_fp8(x: torch.Tensor, signed: bool, block: int):
     else:
         mantissa, exponent = torch.frexp(y.double() * 1.875)  # y in (0, 1]: mantissa in [1/2, 1), exponent <= 1
         codes = (8 * (2 * mantissa - 1)).round() + 8 * (exponent + 30)  # a mantissa that rounds up to 2 carries
-        codes = torch.where(_present(blocks, scale), codes.clamp(1, 255), 0)
+        codes = torch.where(y > 0, codes.clamp(1, 255), 1)  # y may underflow where x is present
+        codes = torch.where(_present(blocks, scale), codes, 0)
     return _finish(codes, x.numel()), scale
 
 
