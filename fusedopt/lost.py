@@ -77,5 +77,5 @@ class LostUpdates:
             f"{self.name}: {100 * stayed / moved:.0f} % of the sampled 16-bit weights with a gradient did not change at step "
             f"{step}: their updates round to nothing. Use param_precision='stochastic' (no memory), 'kahan', 'split24' or "
             "'master', or fp32 parameters.",
-            stacklevel=4,
+            stacklevel=5,
         )
