@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench run | compare | plot | gates | gpu`, each with --help."""
+"""Command line of the benchmarks: `python -m bench run | compare | plot | accuracy | gates | gpu`, each with --help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "measure cases x providers, interleaved, against the copy bandwidth of the same run",
     "compare": "two result files: which ratios changed beyond noise",
     "plot": "a result file as PNG charts",
+    "accuracy": "what formats and precisions cost: errors on real moments, drift, losses over seeds",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }
