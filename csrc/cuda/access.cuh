@@ -8,31 +8,47 @@ namespace fo {
 
 constexpr int kOctet = 8;
 
-struct Octet { uint32_t word[kOctet]; };  // 8 fp32, 8 halves in words 0..3, or 8 codes in words 0..1
+struct Octet { uint32_t word[kOctet]; };  // 8 fp32, 8 halves in words 0..3, 8 codes in words 0..1, or 16 codes of 4 bits in an even lane's
 
-// One tensor seen from a chunk: the chunk's first element and log2 of the element size.
+// One tensor seen from a chunk: the chunk's first element and log2 of the bytes of two elements (4-bit codes: 0).
 struct Stream {
   char* base;
   int shift;
-  FO_DEV char* at(uint32_t element) const { return base + (element << shift); }
+  FO_DEV char* at(uint32_t element) const { return base + (element / 2 << shift); }
 };
 
-FO_DEV Stream make_stream(int64_t address, int shift, int64_t first) { return {reinterpret_cast<char*>(address) + (first << shift), shift}; }
-FO_DEV int dtype_shift(int dtype) { return dtype == kF32 ? 2 : 1; }
+FO_DEV Stream make_stream(int64_t address, int shift, int64_t first) { return {reinterpret_cast<char*>(address) + (first / 2 << shift), shift}; }
+FO_DEV int dtype_shift(int dtype) { return dtype == kF32 ? 3 : 2; }
+
+// 4-bit codes: the even lane of two moves the 8 bytes of both; the other half travels by shuffle, after all loads are on their way.
+FO_DEV bool moves_codes(const Stream& s) { return s.shift == 1 || (threadIdx.x & 1) == 0; }
+FO_DEV int live_bytes(const Stream& s, int live) { return s.shift == 1 ? live : threadIdx.x & 1 ? 0 : (live + 1) / 2; }
+FO_DEV uint32_t take_half(const Octet& o) {
+  const uint32_t other = __shfl_xor_sync(kAllLanes, o.word[1], 1);
+  return threadIdx.x & 1 ? other : o.word[0];
+}
+FO_DEV Octet give_half(uint32_t word) {
+  Octet o;
+  o.word[0] = word, o.word[1] = __shfl_xor_sync(kAllLanes, word, 1);
+  return o;
+}
 
 // Streaming hints (evict first): nothing a step touches is read again before the whole model has passed.
+// Words a narrow type leaves unused are zero: undefined on one path only, ptxas would keep them through the whole loop.
 FO_DEV Octet load_octet(const Stream& s, uint32_t element) {
-  Octet o;
+  Octet o = {};
   const char* from = s.at(element);
-  if (s.shift == 2) {
+  if (s.shift == 3) {
     uint4 a = __ldcs(reinterpret_cast<const uint4*>(from)), b = __ldcs(reinterpret_cast<const uint4*>(from) + 1);
     o = {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-  } else if (s.shift == 1) {
+  } else if (s.shift == 2) {
     uint4 a = __ldcs(reinterpret_cast<const uint4*>(from));
     o.word[0] = a.x, o.word[1] = a.y, o.word[2] = a.z, o.word[3] = a.w;
   } else {
-    uint2 a = __ldcs(reinterpret_cast<const uint2*>(from));
-    o.word[0] = a.x, o.word[1] = a.y;
+    if (moves_codes(s)) {
+      uint2 a = __ldcs(reinterpret_cast<const uint2*>(from));
+      o.word[0] = a.x, o.word[1] = a.y;
+    }
   }
   return o;
 }
@@ -40,12 +56,12 @@ FO_DEV Octet load_octet(const Stream& s, uint32_t element) {
 FO_DEV void store_octet(const Stream& s, uint32_t element, const Octet& o) {
   char* to = s.at(element);
   const uint32_t* w = o.word;
-  if (s.shift == 2) {
+  if (s.shift == 3) {
     __stcs(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
     __stcs(reinterpret_cast<uint4*>(to) + 1, make_uint4(w[4], w[5], w[6], w[7]));
-  } else if (s.shift == 1) {
+  } else if (s.shift == 2) {
     __stcs(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
-  } else {
+  } else if (moves_codes(s)) {
     __stcs(reinterpret_cast<uint2*>(to), make_uint2(w[0], w[1]));
   }
 }
@@ -54,18 +70,19 @@ FO_DEV void store_octet(const Stream& s, uint32_t element, const Octet& o) {
 FO_DEV Octet load_octet_masked(const Stream& s, uint32_t element, int live) {
   Octet o = {};
   const char* from = s.at(element);
-  if (s.shift == 2) {
+  if (s.shift == 3) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
       if (i < live) o.word[i] = __ldcs(reinterpret_cast<const uint32_t*>(from) + i);
-  } else if (s.shift == 1) {
+  } else if (s.shift == 2) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
       if (i < live) o.word[i / 2] |= uint32_t(__ldcs(reinterpret_cast<const uint16_t*>(from) + i)) << (16 * (i & 1));
   } else {
+    const int bytes = live_bytes(s, live);
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) {
+      if (i < bytes) {
         int at = 8 * (i & 3);
         o.word[i / 4] = (o.word[i / 4] & ~(0xFFu << at)) | uint32_t(__ldcs(reinterpret_cast<const uint8_t*>(from) + i)) << at;
       }
@@ -75,18 +92,19 @@ FO_DEV Octet load_octet_masked(const Stream& s, uint32_t element, int live) {
 
 FO_DEV void store_octet_masked(const Stream& s, uint32_t element, int live, const Octet& o) {
   char* to = s.at(element);
-  if (s.shift == 2) {
+  if (s.shift == 3) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
       if (i < live) __stcs(reinterpret_cast<uint32_t*>(to) + i, o.word[i]);
-  } else if (s.shift == 1) {
+  } else if (s.shift == 2) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
       if (i < live) __stcs(reinterpret_cast<uint16_t*>(to) + i, uint16_t(o.word[i / 2] >> (16 * (i & 1))));
   } else {
+    const int bytes = live_bytes(s, live);
 #pragma unroll
     for (int i = 0; i < kOctet; ++i)
-      if (i < live) __stcs(reinterpret_cast<uint8_t*>(to) + i, uint8_t(o.word[i / 4] >> (8 * (i & 3))));
+      if (i < bytes) __stcs(reinterpret_cast<uint8_t*>(to) + i, uint8_t(o.word[i / 4] >> (8 * (i & 3))));
   }
 }
 
@@ -162,7 +180,7 @@ FO_DEV uint32_t pack_bf16_stochastic(float low, float high, uint32_t random) {
 }
 
 FO_DEV Octet narrow_stochastic(const float (&v)[kOctet], int dtype, const Random8& r) {
-  Octet o;
+  Octet o = {};
   if (dtype == kBF16) {
 #pragma unroll
     for (int i = 0; i < kOctet; i += 2) o.word[i / 2] = pack_bf16_stochastic(v[i], v[i + 1], r.word[i / 2]);

@@ -20,6 +20,10 @@ void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
+void accepted(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
 void launch(const py::bytes& packed, uintptr_t stream) {
   fo::Launch work;
   char* data;
@@ -27,7 +31,15 @@ void launch(const py::bytes& packed, uintptr_t stream) {
   if (PyBytes_AsStringAndSize(packed.ptr(), &data, &size) != 0) throw py::error_already_set();
   if (size != Py_ssize_t(sizeof work)) throw std::invalid_argument("a Launch has launch_bytes() bytes");
   std::memcpy(&work, data, sizeof work);
-  if (const char* error = fo::cuda_launch(work, reinterpret_cast<void*>(stream))) throw std::runtime_error(std::string("CUDA: ") + error);
+  accepted(fo::cuda_launch(work, reinterpret_cast<void*>(stream)));
+}
+
+void encode(int64_t values, int dtype, int64_t numel, int format, int64_t codes, int64_t scales, uintptr_t stream) {
+  accepted(fo_cuda_encode(values, dtype, numel, format, codes, scales, reinterpret_cast<void*>(stream)));
+}
+
+void decode(int64_t codes, int64_t scales, int64_t numel, int format, int64_t values, int dtype, uintptr_t stream) {
+  accepted(fo_cuda_decode(codes, scales, numel, format, values, dtype, reinterpret_cast<void*>(stream)));
 }
 
 std::vector<std::tuple<std::string, std::string, std::string, int>> describe() {
@@ -53,6 +65,10 @@ int sm_count(int device) {
 PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "Multi-tensor optimizer steps on NVIDIA GPUs. All arguments are addresses, numbers and packed Launch structs.";
   m.def("launch", &launch, py::arg("packed"), py::arg("stream"), "Enqueues one packed Launch on a stream of the current device.");
+  m.def("encode", &encode, py::arg("values"), py::arg("dtype"), py::arg("numel"), py::arg("format"), py::arg("codes"), py::arg("scales"),
+        py::arg("stream"), "Enqueues the encoding of a flat tensor in a blockwise format (FormatId | 0x100 for signed).");
+  m.def("decode", &decode, py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("format"), py::arg("values"), py::arg("dtype"),
+        py::arg("stream"), "Enqueues the decoding of a flat tensor, rounded to nearest even.");
   m.def("launch_bytes", [] { return sizeof(fo::Launch); }, "Size of a packed Launch.");
   m.def("describe", &describe, "(name, states, scalars, trust_on) of every rule, in the order of rule ids.");
   m.def("device_count", &device_count, "Number of CUDA devices; raises RuntimeError where there is no driver.");

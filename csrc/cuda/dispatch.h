@@ -1,8 +1,11 @@
-// Runs a Launch by its rule id and phase: the entry that the Python module and the host shim share. Needs build/gen on the include path.
+// Runs a Launch by its rule id and phase, and the codecs: the entries that the Python module and the host shim share. Needs build/gen on the include path.
 #pragma once
 #include "../fusedopt.h"
 
 const char* fo_cuda_norm(const fo::Launch& launch, void* stream);
+// Device addresses; format: a Launch's format word. Null, or what is wrong.
+const char* fo_cuda_encode(int64_t values, int dtype, int64_t numel, int format, int64_t codes, int64_t scales, void* stream);
+const char* fo_cuda_decode(int64_t codes, int64_t scales, int64_t numel, int format, int64_t values, int dtype, void* stream);
 
 #if defined(FO_DISPATCH)
 #include "rule_headers.inc"

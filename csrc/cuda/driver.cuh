@@ -7,36 +7,17 @@
 // Format, type and precision are warp-uniform switches: one kernel per rule. fp32 gets none of its own: its 20 instructions per element
 // are a tenth of what its bytes leave time for, and with bf16 and int8 the switch is a few branches in about 600 instructions.
 #pragma once
-#include "int8.cuh"
+#include "codec.cuh"
 #include "reduce.cuh"
+#include "weight.cuh"
 
 namespace fo {
 
-FO_DEV int format_shift(int format) { return format == kFormatF32 ? 2 : format == kFormatBF16 ? 1 : 0; }
-
-FO_DEV void decode(float (&v)[kOctet], const Octet& o, int format, float scale, const Int8View& tables) {
-  if ((format & kFormatMask) != kFormatInt8) widen(v, o, format & kFormatMask);  // the ids of fp32 and bf16 are those of the types
-  else if (format & kFormatSigned) int8_decode8<true>(v, o, scale, tables);
-  else int8_decode8<false>(v, o, scale, tables);
-}
-static_assert(int(kFormatF32) == int(kF32) && int(kFormatBF16) == int(kBF16), "decode");
-
-// The whole warp: an int8 block takes its scale from all lanes.
-FO_DEV Octet encode(const float (&v)[kOctet], int format, float& scale, const Int8View& tables) {
-  if ((format & kFormatMask) != kFormatInt8) return narrow(v, format & kFormatMask);
-  float largest = 0;
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) largest = max_magnitude(largest, v[i]);
-  scale = block_scale(__reduce_max_sync(kAllLanes, bits(largest)));
-  const float inverse = scale > 0.f && scale <= 3.402823466e38f ? reciprocal(scale) : 0.f;
-  return format & kFormatSigned ? int8_encode8<true>(v, inverse, tables) : int8_encode8<false>(v, inverse, tables);
-}
-
 template <class Rule>
-FO_DEV bool any_int8(const Launch& launch) {
+FO_DEV bool any_codes(const Launch& launch) {
   bool any = false;
 #pragma unroll
-  for (int i = 0; i < Rule::state_count; ++i) any |= (launch.formats[i] & kFormatMask) == kFormatInt8;
+  for (int i = 0; i < Rule::state_count; ++i) any |= is_blockwise(launch.formats[i]);
   return any;
 }
 
@@ -46,7 +27,7 @@ struct Numbers {
   Head head;
   Stage stage;
   typename Rule::Scalars scalars;
-  char* grad;                 // from the chunk's first element on
+  char *grad, *companion;     // from the chunk's first element on
   float* scales[kMaxStates];  // from its first block on
   uint64_t octet;             // of its first element
   uint32_t tensor;
@@ -59,7 +40,7 @@ constexpr int kMinBlocks = Rule::state_count <= 1 ? 4 : Rule::state_count == 2 ?
 template <class Rule, bool Probe>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const __grid_constant__ Launch launch) {
   constexpr int kStates = Rule::state_count, kSlots = kStates > 0 ? kStates : 1;
-  __shared__ Int8Tables shared_tables;
+  __shared__ CodeTables shared_tables;
   __shared__ BlockSums sums;
   __shared__ Numbers<Rule> numbers;
   // Every look-up that can be under way before the first one is used: they are the latency of a small launch.
@@ -69,21 +50,23 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
   Stream states[kSlots];
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    states[i] = make_stream(entry(launch, kState + i, work.row), format_shift(launch.formats[i] & kFormatMask), work.first);
-  if (any_int8<Rule>(launch)) copy_int8_tables(shared_tables);
+    states[i] = make_stream(entry(launch, kState + i, work.row), format_shift(launch.formats[i]), work.first);
+  if (any_codes<Rule>(launch)) copy_code_tables(shared_tables);
   if (threadIdx.x == 0) {
     const float* row = launch.scalars + (work.meta & 0xFFFFFFFF) * kScalarStride;
     numbers.head = *reinterpret_cast<const Head*>(row);
     numbers.scalars = *reinterpret_cast<const typename Rule::Scalars*>(row + kScalarHead);
     numbers.stage = make_stage<Rule>(launch, launch.phase, numbers.head, numbers.scalars, work.meta >> 32);
     numbers.grad = make_stream(entry(launch, kGrad, work.row), dtype_shift(launch.grad_dtype), work.first).base;
+    if (has_companion(launch.precision)) numbers.companion = make_stream(entry(launch, kCompanion, work.row), companion_shift(launch.precision), work.first).base;
     numbers.octet = work.first / kOctet;
     numbers.tensor = uint32_t(work.meta >> 32);
-    for (int i = 0; i < kStates; ++i) numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + work.first / kBlock;
+    for (int i = 0; i < kStates; ++i)
+      numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + (work.first >> block_shift(launch.formats[i]));
   }
   if (found_inf != 0.f) return;
   __syncthreads();
-  const Int8View tables(shared_tables);
+  const CodeView tables(shared_tables);
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   // A probe runs in step with the grains, so a warp without a block still adds its zero.
@@ -93,26 +76,27 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
     const int at = block + lane * kOctet, live = work.count - at;
     const bool full = launch.aligned && block + kBlock <= work.count;
     const Stream grad = {numbers.grad, dtype_shift(launch.grad_dtype)};
+    const Stream companion = {numbers.companion, companion_shift(launch.precision)};
     Octet raw_g, raw_p, raw_s[kSlots];
-    float scale[kSlots];
     if (full) {
       raw_g = load_octet(grad, at);
-      raw_p = load_octet(param, at);
+      load_raw_weight<true>(raw_p, param, companion, launch.precision, at, live);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet(states[i], at);
     } else {
       raw_g = load_octet_masked(grad, at, live);
-      raw_p = load_octet_masked(param, at, live);
+      load_raw_weight<false>(raw_p, param, companion, launch.precision, at, live);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet_masked(states[i], at, live);
     }
+    float scale[kSlots];
 #pragma unroll
     for (int i = 0; i < kStates; ++i)
-      scale[i] = (launch.formats[i] & kFormatMask) == kFormatInt8 && block < work.count ? __ldcs(numbers.scales[i] + block / kBlock) : 0.f;
+      scale[i] = is_blockwise(launch.formats[i]) && live > 0 ? __ldcs(numbers.scales[i] + (at >> block_shift(launch.formats[i]))) : 0.f;
 
     float g[kOctet], p[kOctet], s[kMaxStates][kOctet];
     widen(g, raw_g, launch.grad_dtype);
-    widen(p, raw_p, launch.param_dtype);
+    load_weight(p, raw_p, launch.param_dtype, launch.precision);
 #pragma unroll
     for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], launch.formats[i], scale[i], tables);
 
@@ -136,26 +120,30 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
       continue;
     }
 
-    Octet out;
-    if (launch.precision == kStochastic && launch.param_dtype != kF32) {
-      const Random8 random = philox8(numbers.head, numbers.tensor, numbers.octet + at / kOctet);
-      out = narrow_stochastic(p, launch.param_dtype, random);
-    } else {
-      out = narrow(p, launch.param_dtype);
-    }
+    const auto random = [&](int stream) { return philox8(numbers.head, numbers.tensor, stream_octet(numbers.octet + at / kOctet, stream)); };
+    Octet out, kept = {};
+    out = store_weight(p, launch.param_dtype, launch.precision, random, kept);
     if (full) store_octet(param, at, out);
     else store_octet_masked(param, at, live, out);
+    if (has_companion(launch.precision)) {
+      if (full) store_octet(companion, at, kept);
+      else store_octet_masked(companion, at, live, kept);
+    }
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
-      if (!full) {  // what lies outside the row must not reach a block's scale
-#pragma unroll
-        for (int k = 0; k < kOctet; ++k) s[i][k] = k < live ? s[i][k] : 0.f;
+      const int format = launch.formats[i];
+      if (is_blockwise(format)) {
+        if (!full) clear_tail(s[i], live);
+        float next = 0.f;
+        out = encode(s[i], format, next, tables);
+        if (owns_scale(format, live)) __stcs(numbers.scales[i] + (at >> block_shift(format)), next);
+      } else if ((format & kFormatMask) == kFormatBF16Stochastic) {
+        out = narrow_stochastic(s[i], kBF16, random(1 + i));
+      } else {
+        out = narrow(s[i], format_dtype(format));
       }
-      float next = 0.f;
-      out = encode(s[i], launch.formats[i], next, tables);
       if (full) store_octet(states[i], at, out);
       else store_octet_masked(states[i], at, live, out);
-      if (lane == 0 && (launch.formats[i] & kFormatMask) == kFormatInt8) __stcs(numbers.scales[i] + block / kBlock, next);
     }
   }
   if (Probe) finish_row<false>(launch, work);

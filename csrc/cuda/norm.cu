@@ -21,7 +21,7 @@ constexpr int kBatch = 4;
 // Into member `which` of sums: this warp's block of each grain in [grain, grain + kPassGrains).
 template <int Dtype>
 FO_DEV void block_squares(const Launch& launch, const Work& work, int64_t address, int grain, float Pair::*which, BlockSums& sums) {
-  const Stream stream = make_stream(address, Dtype == kF32 ? 2 : 1, work.first);
+  const Stream stream = make_stream(address, dtype_shift(Dtype), work.first);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int first = grain * kGrainSize + warp * kBlock + lane * kOctet;
 #pragma unroll 1

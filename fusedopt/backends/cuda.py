@@ -6,8 +6,10 @@ from functools import cache
 
 import torch
 
+from fusedopt.abi import DTYPE_CODES
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.backends.native import NativeBackend
+from fusedopt.formats import Format
 
 OLDEST = (8, 0)  # bf16 conversions and warp-wide maxima in hardware
 
@@ -58,15 +60,37 @@ class CudaBackend(NativeBackend):
         return self._sm_counts[index]
 
     def launch(self, work: Work) -> None:
+        self._check(work.rule.name)
+        self._enqueue(self._library.launch, work.key.device, self.packed(work))
+
+    def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        self._check("quantize_blockwise")
+        addresses = codes.data_ptr(), scale.data_ptr()
+        self._enqueue(
+            self._library.encode, x.device, x.data_ptr(), DTYPE_CODES[x.dtype], x.numel(), form.code(signed), *addresses
+        )
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, form: Format, signed: bool, out: torch.Tensor
+    ) -> None:
+        self._check("dequantize_blockwise")
+        to = out.data_ptr(), DTYPE_CODES[out.dtype]
+        self._enqueue(
+            self._library.decode, out.device, codes.data_ptr(), scale.data_ptr(), out.numel(), form.code(signed), *to
+        )
+
+    def _check(self, what: str) -> None:
         if why := self.reason():
-            raise RuntimeError(f"{work.rule.name}: backend 'cuda' cannot run: {why}")
-        packed = self.packed(work)
+            raise RuntimeError(f"{what}: backend 'cuda' cannot run: {why}")
+
+    def _enqueue(self, function, device: torch.device, *arguments) -> None:
+        """Calls a function of the library with torch's current stream of a device as its last argument."""
         if self._on_cpu:
-            self._library.launch(packed, 0)
+            function(*arguments, 0)
             return
-        index = _index(work.key.device)
+        index = _index(device)
         if index == torch.cuda.current_device():
-            self._library.launch(packed, torch.cuda.current_stream(index).cuda_stream)
+            function(*arguments, torch.cuda.current_stream(index).cuda_stream)
         else:
             with torch.cuda.device(index):
-                self._library.launch(packed, torch.cuda.current_stream(index).cuda_stream)
+                function(*arguments, torch.cuda.current_stream(index).cuda_stream)

@@ -78,8 +78,11 @@ class Library:
 
     def __init__(self, path: Path):
         self._lib = ctypes.CDLL(str(path))
-        for name in ("fo_simt_describe", "fo_simt_launch"):
+        for name in ("fo_simt_describe", "fo_simt_launch", "fo_simt_encode", "fo_simt_decode"):
             getattr(self._lib, name).restype = ctypes.c_char_p
+        word, address = ctypes.c_int, ctypes.c_int64
+        self._lib.fo_simt_encode.argtypes = [address, word, address, word, address, address]
+        self._lib.fo_simt_decode.argtypes = [address, address, address, word, address, word]
         self._lib.fo_simt_order.argtypes = [ctypes.c_uint64]
 
     def describe(self) -> list[tuple[str, str, str, int]]:
@@ -89,10 +92,19 @@ class Library:
     def launch_bytes(self) -> int:
         return self._lib.fo_simt_launch_bytes()
 
-    def launch(self, packed: bytes, stream: int = 0) -> None:
-        error = self._lib.fo_simt_launch(packed)
+    def _call(self, name: str, *arguments) -> None:
+        error = getattr(self._lib, f"fo_simt_{name}")(*arguments)
         if error is not None:
             raise RuntimeError(error.decode())
+
+    def launch(self, packed: bytes, stream: int = 0) -> None:
+        self._call("launch", packed)
+
+    def encode(self, values, dtype, numel, form, codes, scales, stream: int = 0) -> None:
+        self._call("encode", values, dtype, numel, form, codes, scales)
+
+    def decode(self, codes, scales, numel, form, values, dtype, stream: int = 0) -> None:
+        self._call("decode", codes, scales, numel, form, values, dtype)
 
     def order(self, seed: int) -> None:
         """Order in which the blocks of a grid run: 0 ascending, else a permutation."""

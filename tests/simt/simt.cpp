@@ -1,4 +1,4 @@
-// The scheduler of simt.h, and the C entry points that tests call: describe, launch, order.
+// The scheduler of simt.h, and the C entry points that tests call: describe, launch, encode, decode, order.
 #define FO_DISPATCH
 #include "simt.h"
 #include "cuda/dispatch.h"
@@ -220,6 +220,14 @@ const char* fo_simt_launch(const void* packed) {
   fo::Launch launch;
   std::memcpy(&launch, packed, sizeof launch);
   return fo::cuda_launch(launch, nullptr);
+}
+
+const char* fo_simt_encode(int64_t values, int dtype, int64_t numel, int format, int64_t codes, int64_t scales) {
+  return fo_cuda_encode(values, dtype, numel, format, codes, scales, nullptr);
+}
+
+const char* fo_simt_decode(int64_t codes, int64_t scales, int64_t numel, int format, int64_t values, int dtype) {
+  return fo_cuda_decode(codes, scales, numel, format, values, dtype, nullptr);
 }
 
 }
