@@ -71,10 +71,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   // A probe runs in step with the grains, so a warp without a block still adds its zero.
   const int end = Probe ? (work.count + kGrainSize - 1) / kGrainSize * kGrainSize : work.count;
+  const int whole = launch.aligned ? work.count : 0;  // elements that full blocks take
 #pragma unroll 1
   for (int block = warp * kBlock; block < end; block += kGrainSize) {
     const int at = block + lane * kOctet, live = work.count - at;
-    const bool full = launch.aligned && block + kBlock <= work.count;
+    const bool full = block + kBlock <= whole;
     const Stream grad = {numbers.grad, dtype_shift(launch.grad_dtype)};
     const Stream companion = {numbers.companion, companion_shift(launch.precision)};
     Octet raw_g, raw_p, raw_s[kSlots];
