@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 
 import torch
 
-from fusedopt.abi import MAX_STATES, Phase
+from fusedopt.abi import GRAIN_SIZE, MAX_STATES, Phase
 from fusedopt.backends.base import BucketKey, Work, unsupported
+from fusedopt.formats import Format
 from fusedopt.kernels.language import missing
+from fusedopt.precision import get_precision
 from fusedopt.rule import Rule, get_rule
 
 _TRUST = {None: 0, "gradient": 1, "update": 2}
@@ -19,9 +22,16 @@ def interpreted() -> bool:
     """Whether kernels run on the CPU: TRITON_INTERPRET=1 when Triton was imported."""
     if missing:
         return False
-    from fusedopt.kernels.formats import INTERPRETED
+    from fusedopt.kernels.bits import INTERPRETED
 
     return bool(INTERPRETED.value)
+
+
+def _precision(name: str, param_dtype: torch.dtype, phase: Phase) -> int:
+    """The Precision a kernel is compiled for. PROBE stores nothing, but reads the weight that a companion stands for."""
+    precision = get_precision(name).for_dtype(param_dtype)
+    reads_only = phase == Phase.NORM or (phase == Phase.PROBE and precision.companion is None)
+    return 0 if reads_only else precision.id
 
 
 def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phase: Phase, aligned: bool) -> dict:
@@ -39,12 +49,15 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
         **{f"F{i}": code for i, code in enumerate(codes)},
         "PARAM": element[param_dtype],
         "GRAD": element[grad_dtype],
-        "STOCHASTIC": precision == "stochastic"
-        and param_dtype != torch.float32
-        and phase in (Phase.FUSED, Phase.APPLY),
+        "PRECISION": _precision(precision, param_dtype, phase),
         "PHASE": int(phase),
         "ALIGNED": bool(aligned),
     }
+
+
+def _on(device: torch.device):
+    """A context in which `device` is the current one."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
 class TritonBackend:
@@ -90,12 +103,31 @@ class TritonBackend:
 
                 ReferenceBackend().launch(work)
             return
-        device = work.table.device
-        if device.type == "cpu":
+        with _on(work.table.device):
             self._launch(work, chunks)
-        else:
-            with getattr(torch, device.type).device(device):
-                self._launch(work, chunks)
+
+    def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        if x.numel():
+            from fusedopt.kernels.quantize import quantize_kernel
+
+            self._blockwise(quantize_kernel, (x, codes, scale), x.numel(), form.code(signed))
+
+    def dequantize(
+        self, codes: torch.Tensor, scale: torch.Tensor, form: Format, signed: bool, out: torch.Tensor
+    ) -> None:
+        if out.numel():
+            from fusedopt.kernels.quantize import dequantize_kernel
+
+            self._blockwise(dequantize_kernel, (codes, scale, out), out.numel(), form.code(signed))
+
+    def _blockwise(self, kernel, tensors: tuple[torch.Tensor, ...], numel: int, code: int) -> None:
+        device = tensors[0].device
+        nvidia = device.type == "cuda" and torch.version.hip is None
+        aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+        with _on(device):
+            kernel[(-(-numel // GRAIN_SIZE),)](
+                *tensors, numel, FORMAT=code, ALIGNED=aligned, num_warps=8 if nvidia else 4, enable_fp_fusion=True
+            )
 
     def _launch(self, work: Work, chunks: int) -> None:
         from fusedopt.kernels.driver import launch_options, step_kernel

@@ -8,9 +8,11 @@ of a row with masks.
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.formats import INT8, load_state, load_stream, row_pointer, state_pointer, store_state
+from fusedopt.kernels.access import load_stream, row_pointer
+from fusedopt.kernels.bits import widen
+from fusedopt.kernels.precision import companion_pointer, load_param, store_param
 from fusedopt.kernels.reductions import finish_norm, last_of, launch_total, row_sums
-from fusedopt.kernels.rounding import store_param
+from fusedopt.kernels.states import INT8, load_state, state_pointer, store_state
 
 # 2048 elements are one grain of the partial sums, and 8 elements for each of 256 threads: one 16-byte piece of a 16-bit
 # stream, two of an fp32 stream. On NVIDIA a warp then owns one 256-element block, whose absmax needs no shared memory.
@@ -43,33 +45,29 @@ def launch_options(fixed: dict, nvidia: bool) -> dict:
 
 @triton.jit
 def step_tile(
-    p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
+    p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
     mul, l2, q, lr, decay, seed, step, tensor,
     DIRECTION: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
-    STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Prologue, direction, epilogue and stores of one tile (or its two sums, in phase PROBE)."""
     first = tile * TILE
-    row = tl.arange(0, TILE_ROWS)[:, None]
-    local = row * 256 + tl.arange(0, 256)[None, :]
-    inside = local < numel - first
-    whole = numel - first >= TILE
-    # A row's scale once per lane, in one dimension: a (8, 1) tensor of pointers would get a layout that is contiguous
-    # over rows, and every scale would move through shared memory.
-    block = tl.arange(0, TILE_ROWS * 32) // 32
-    inside_blocks = block * 256 < numel - first
+    left = numel - first
+    local = tl.arange(0, TILE_ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    inside = local < left
+    whole = left >= TILE
     p_at = p_row + first
-    p = load_stream(p_at, local, inside, whole, 0.0, ALIGNED).to(tl.float32)
-    g = load_stream(g_row + first, local, inside, whole, 0.0, ALIGNED).to(tl.float32)
-    blocks = tile * TILE_ROWS + block
+    c_at = None if c_row is None else c_row + first
+    p = load_param(p_at, c_at, local, inside, whole, PRECISION, ALIGNED)
+    g = widen(load_stream(g_row + first, local, inside, whole, 0.0, ALIGNED))
     if F0 >= 0:
-        s0 = load_state(p0 + first, a0, local, inside, whole, blocks, inside_blocks, F0, ALIGNED)
+        s0 = load_state(p0, a0, tile, local, inside, whole, left, F0, ALIGNED)
     if F1 >= 0:
-        s1 = load_state(p1 + first, a1, local, inside, whole, blocks, inside_blocks, F1, ALIGNED)
+        s1 = load_state(p1, a1, tile, local, inside, whole, left, F1, ALIGNED)
     if F2 >= 0:
-        s2 = load_state(p2 + first, a2, local, inside, whole, blocks, inside_blocks, F2, ALIGNED)
+        s2 = load_state(p2, a2, tile, local, inside, whole, left, F2, ALIGNED)
     if F3 >= 0:
-        s3 = load_state(p3 + first, a3, local, inside, whole, blocks, inside_blocks, F3, ALIGNED)
+        s3 = load_state(p3, a3, tile, local, inside, whole, left, F3, ALIGNED)
 
     g = (g * mul + l2 * p) * q
     if F3 >= 0:
@@ -89,16 +87,23 @@ def step_tile(
         tl.store(grain + 2 * tile + 1, tl.sum(u * u))
     else:
         if F0 >= 0:
-            store_state(s0, p0 + first, a0, local, inside, whole, blocks, inside_blocks, F0, ALIGNED)
+            store_state(
+                s0, p0, a0, tile, local, inside, whole, left, seed, step, tensor, 1, F0, ALIGNED
+            )  # fmt: skip
         if F1 >= 0:
-            store_state(s1, p1 + first, a1, local, inside, whole, blocks, inside_blocks, F1, ALIGNED)
+            store_state(
+                s1, p1, a1, tile, local, inside, whole, left, seed, step, tensor, 2, F1, ALIGNED
+            )  # fmt: skip
         if F2 >= 0:
-            store_state(s2, p2 + first, a2, local, inside, whole, blocks, inside_blocks, F2, ALIGNED)
+            store_state(
+                s2, p2, a2, tile, local, inside, whole, left, seed, step, tensor, 3, F2, ALIGNED
+            )  # fmt: skip
         if F3 >= 0:
-            store_state(s3, p3 + first, a3, local, inside, whole, blocks, inside_blocks, F3, ALIGNED)
+            store_state(
+                s3, p3, a3, tile, local, inside, whole, left, seed, step, tensor, 4, F3, ALIGNED
+            )  # fmt: skip
         p = p - (lr * u + decay * p)  # one rounding of p: a decay below half an ulp is not lost on its own
-        octet = tile * (TILE // 8) + row * 32 + tl.arange(0, 32)[None, :]
-        store_param(p, p_at, local, inside, whole, seed, step, tensor, octet, STOCHASTIC, ALIGNED)
+        store_param(p, p_at, c_at, tile, local, inside, whole, seed, step, tensor, PRECISION, ALIGNED)
 
 
 @triton.jit
@@ -144,11 +149,11 @@ def step_kernel(
     rows, live_rows, chunk, max_norm, total_index, total_count,
     DIRECTION: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Steps one chunk. Pointers that do not apply are None. TRUST_ON: 0 no trust ratio, 1 gradient, 2 update.
 
-    F0..F3: format code of each state, -1 for none. All numbers are data: nothing here is specialised on their values.
+    F0..F3: format word of each state, -1 for none. All numbers are data: nothing here is specialised on their values.
     """
     entry = tl.load(chunks + tl.program_id(0))
     row = entry >> 32
@@ -186,6 +191,9 @@ def step_kernel(
         words = head.to(tl.pointer_type(tl.uint32), bitcast=True)
         seed = (tl.load(words + 5).to(tl.uint64) << 32) | tl.load(words + 4).to(tl.uint64)
         step = tl.load(words + 6)
+        c_row = None
+        if PRECISION > 1:
+            c_row = companion_pointer(table, rows, row, PARAM, PRECISION, ALIGNED)
         p0 = None
         p1 = None
         p2 = None
@@ -213,8 +221,8 @@ def step_kernel(
             tile += TILE_ROWS
         else:
             step_tile(
-                p_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
-                mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, STOCHASTIC, PHASE, ALIGNED,
+                p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
+                mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
             )  # fmt: skip
             tile += 1
 

@@ -1,26 +1,26 @@
-"""Parameter stores: rounding to nearest, and stochastic rounding with Philox4x32-10 (Salmon et al., SC 2011).
+"""Stochastic rounding with Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
 
 The bits of csrc/precision.h and csrc/philox.h: key = seed, counter = (element // 8, tensor id, step), 16 bits an
-element.
+element. The 8 highest bits of the octet's number are the stream: 0 for the parameter, 1 + i for state i.
 """
 
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.formats import bits, store_stream, to_bf16
+from fusedopt.kernels.bits import bits
 
 
 @triton.jit
-def uniform16(seed, step, tensor, octet, ROWS: tl.constexpr):
-    """uint32 (ROWS, 256) random words below 2^16. octet: int64 (ROWS, 32), the index of each 8 consecutive elements.
+def uniform16(seed, step, tensor, tile, STREAM: tl.constexpr, ROWS: tl.constexpr):
+    """uint32 (ROWS, 256) random words below 2^16 for the elements of a tile. tile: int64.
 
     One Philox call per 8 elements; joins put word w and half h of an octet at its element 2 w + h, in the lane that
     drew them.
     """
+    octet = tile * (ROWS * 32) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     low = octet.to(tl.uint32)
-    c0, c1, c2, c3 = tl.philox(
-        seed, low, (octet >> 32).to(tl.uint32), low * 0 + tensor.to(tl.uint32), low * 0 + step.to(tl.uint32)
-    )
+    high = (octet >> 32).to(tl.uint32) | (STREAM << 24)
+    c0, c1, c2, c3 = tl.philox(seed, low, high, low * 0 + tensor.to(tl.uint32), low * 0 + step.to(tl.uint32))
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # last axes: word // 2, word % 2
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 256))
 
@@ -51,16 +51,8 @@ def fp16_stochastic(x, random16):
 
 
 @triton.jit
-def store_param(
-    x, p, local, inside, whole, seed, step, tensor, octet, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    TYPE: tl.constexpr = p.dtype.element_ty
-    if STOCHASTIC and TYPE == tl.bfloat16:
-        stored = bf16_stochastic(x, uniform16(seed, step, tensor, octet, x.shape[0]))
-    elif STOCHASTIC and TYPE == tl.float16:
-        stored = fp16_stochastic(x, uniform16(seed, step, tensor, octet, x.shape[0]))
-    elif TYPE == tl.bfloat16:
-        stored = to_bf16(x)
+def stochastic(x, random16, TYPE: tl.constexpr):
+    if TYPE == tl.bfloat16:
+        return bf16_stochastic(x, random16)
     else:
-        stored = x.to(TYPE)
-    store_stream(p, stored, local, inside, whole, ALIGNED)
+        return fp16_stochastic(x, random16)
