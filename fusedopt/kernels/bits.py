@@ -46,3 +46,24 @@ def nearest(x, TYPE: tl.constexpr):
         return to_bf16(x)
     else:
         return x.to(TYPE)
+
+
+@triton.jit
+def share(x, inverse, top):
+    """|x| / scale, and `top` for NaN and infinity. A minimum of floats leaves NaN out, but not in Triton 3.6's interpreter."""
+    y = tl.abs(x) * inverse
+    if INTERPRETED:
+        return tl.where(y < top, y, top)
+    else:
+        return tl.minimum(y, top)
+
+
+@triton.jit
+def negative(x):
+    return x.to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
+def with_sign(magnitude, x):
+    """magnitude, not negative, with the sign of x."""
+    return from_bits(bits(magnitude) | (bits(x) & 0x80000000))

@@ -52,10 +52,10 @@ def step_tile(
 ):  # fmt: skip
     """Prologue, direction, epilogue and stores of one tile (or its two sums, in phase PROBE)."""
     first = tile * TILE
-    left = numel - first
+    left = tl.minimum(numel - first, TILE).to(tl.int32)
     local = tl.arange(0, TILE_ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
     inside = local < left
-    whole = left >= TILE
+    whole = left == TILE
     p_at = p_row + first
     c_at = None if c_row is None else c_row + first
     p = load_param(p_at, c_at, local, inside, whole, PRECISION, ALIGNED)

@@ -19,9 +19,9 @@ TILE = tl.constexpr(2048)
 def _place(numel):
     """Of this program's tile: its number, indices of elements in it, which are inside, whether all are, elements left."""
     tile = tl.program_id(0).to(tl.int64)
-    left = numel - tile * TILE
+    left = tl.minimum(numel - tile * TILE, TILE).to(tl.int32)
     local = tl.arange(0, TILE_ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    return tile, local, local < left, left >= TILE, left
+    return tile, local, local < left, left == TILE, left
 
 
 @triton.jit(do_not_specialize=["numel"])

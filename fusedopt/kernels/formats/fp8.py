@@ -7,7 +7,7 @@ fp32 with its subnormals, rounded to 3 bits of mantissa; products here keep subn
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.bits import SMALLEST, bits, from_bits
+from fusedopt.kernels.bits import SMALLEST, bits, from_bits, share
 
 TOP = tl.constexpr(1.0)
 SHIFT = tl.constexpr(2.0**120)
@@ -25,8 +25,7 @@ def fp8_decode(code, scale, SIGNED: tl.constexpr):
 
 @triton.jit
 def fp8_encode(x, inverse, top, SIGNED: tl.constexpr):
-    y = tl.abs(x) * inverse
-    y = tl.where(y < 1.0, y, top)
+    y = share(x, inverse, top)
     u = bits(y * (448 / SHIFT if SIGNED else 1.875))
     rounded = u + 0x7FFFF + ((u >> 20) & 1)
     if SIGNED:

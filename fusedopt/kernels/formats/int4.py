@@ -7,7 +7,7 @@ signed: the 4-bit dynamic map, code - 7 counts 0, +-0.0055, +-0.0325, +-0.0775, 
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.bits import bits, from_bits
+from fusedopt.kernels.bits import negative, share, with_sign
 
 TOP = tl.constexpr(1.0)
 
@@ -27,29 +27,25 @@ def pack(codes):
 @triton.jit
 def int4_decode(code, scale, SIGNED: tl.constexpr):
     if SIGNED:
-        # 10^d (0.9 f - 0.8) as in int8.py: f is the mantissa of k + 1/2
-        centred = code.to(tl.float32) - 7.0
-        mb = bits(tl.abs(centred) * 2.0 + 1.0)
-        f = from_bits((mb & 0x007FFFFF) | 0x3F800000)
-        value = tl.where(mb >= 0x41880000, 1.0, f * 0.9 - 0.8)  # the last code is 1
-        value = tl.where(mb < 0x41000000, tl.where(mb < 0x40800000, value * 1e-2, value * 1e-1), value)
-        value = tl.where(centred == 0.0, 0.0, value) * scale
-        return from_bits(bits(value) | (bits(centred) & 0x80000000))
+        k = code.to(tl.float32) - 7.0
+        m = tl.abs(k)  # the map is convex up to the last value: the largest of three lines
+        value = tl.maximum(tl.maximum(m * 0.0055, m * 0.045 - 0.0575), tl.minimum(m * 0.225 - 0.6875, 1.0))
+        return with_sign(value * scale, k)
     else:
         return (code.to(tl.float32) + 1.0) * (scale * 0.0625)
 
 
 @triton.jit
 def int4_encode(x, inverse, top, SIGNED: tl.constexpr):
-    y = tl.abs(x) * inverse
-    y = tl.where(y < 1.0, y, top)
-    if SIGNED:
-        k = (y >= 0.00275).to(tl.int32) + (y >= 0.019).to(tl.int32)
-        k += (y >= 0.055).to(tl.int32) + (y >= 0.145).to(tl.int32)
-        k += (y >= 0.325).to(tl.int32) + (y >= 0.55).to(tl.int32)
-        k += (y >= 0.775).to(tl.int32)
-        negative = x.to(tl.int32, bitcast=True) < 0
-        k += ((y >= 0.94375) & ~negative).to(tl.int32)  # -1 has no code
-        return tl.where(negative, 7 - k, 7 + k).to(tl.uint8)
+    y = share(x, inverse, top)
+    if SIGNED:  # how many boundaries are not above y: a binary search by selects, the lowest boundary apart
+        c4 = y >= 0.325
+        c2 = y >= tl.where(c4, 0.775, 0.055)
+        c1 = y >= tl.where(c4, tl.where(c2, 0.94375, 0.55), tl.where(c2, 0.145, 0.019))
+        k = tl.where(c4, 5, 1)
+        k = tl.where(c2, k + 2, k)
+        k = tl.where(c1, k + 1, k)
+        k = tl.where(y < 0.00275, 0, k)
+        return tl.where(negative(x), tl.maximum(7 - k, 0), 7 + k).to(tl.uint8)  # -1 has no code
     else:
         return tl.maximum((16.0 * y + 0.5).to(tl.int32) - 1, 0).to(tl.uint8)

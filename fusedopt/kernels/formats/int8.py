@@ -10,7 +10,7 @@ quarter of the rate of arithmetic, a table in global memory needs an address and
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.bits import SMALLEST, bits, from_bits
+from fusedopt.kernels.bits import SMALLEST, bits, from_bits, negative
 
 TOP = tl.constexpr(1.02)  # lands on the last code
 
@@ -59,6 +59,6 @@ def int8_encode(x, inverse, top, SIGNED: tl.constexpr):
     k = (bits(z).to(tl.int32) - 0x3F000000) >> shift
     if SIGNED:
         k = tl.where(y < 0.275e-6, 0, k)
-        return tl.maximum(tl.where(x.to(tl.int32, bitcast=True) < 0, 127 - k, 127 + k), 0).to(tl.uint8)  # no -1
+        return tl.maximum(tl.where(negative(x), 127 - k, 127 + k), 0).to(tl.uint8)  # no -1
     else:
         return tl.where(tl.abs(x) < SMALLEST, 0, k - 1).to(tl.uint8)

@@ -9,7 +9,7 @@ Reciprocals are squares of reciprocal square roots: one instruction and a produc
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.bits import SMALLEST
+from fusedopt.kernels.bits import SMALLEST, bits, share, with_sign
 
 TOP = tl.constexpr(1.0)
 
@@ -27,13 +27,11 @@ def int8c_decode(code, scale, SIGNED: tl.constexpr):
 
 @triton.jit
 def int8c_encode(x, inverse, top, SIGNED: tl.constexpr):
-    y = tl.abs(x) * inverse
-    y = tl.where(y < 1.0, y, top)
+    y = share(x, inverse, top)
     if SIGNED:
         root = tl.rsqrt(1.0 + y)
-        q = (254.0 * y * (root * root) + 0.5).to(tl.int32)
-        return tl.where(x.to(tl.int32, bitcast=True) < 0, -q, q).to(tl.uint8)
+        # The last byte of 1.5 * 2^23 + q is q, rounded to nearest, in two's complement.
+        return bits(with_sign(254.0 * y, x) * (root * root) + 12582912.0).to(tl.uint8)
     else:
-        q = (255.0 * tl.sqrt(y) + 0.5).to(tl.int32)
-        # never 0 for a second moment that is not zero
-        return tl.where(tl.abs(x) < SMALLEST, 0, tl.maximum(q, tl.where(top > 0.0, 1, 0))).to(tl.uint8)
+        q = tl.maximum(255.0 * tl.sqrt(y), tl.where(top > 0.0, 1.0, 0.0))  # no second moment becomes 0
+        return bits(tl.where(tl.abs(x) < SMALLEST, 0.0, q) + 12582912.0).to(tl.uint8)
