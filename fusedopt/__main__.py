@@ -1,4 +1,4 @@
-"""`python -m fusedopt demo | doctor | estimate`: the command line."""
+"""`python -m fusedopt convert | demo | doctor | estimate`: the command line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from fusedopt.cli import UsageError
 
 COMMANDS = {
+    "convert": "convert the optimizer state of a checkpoint between formats, torch.optim and bitsandbytes",
     "demo": "train a small byte-level GPT with torch.optim.AdamW and with fusedopt, and compare",
     "doctor": "show versions and backends, check every backend against the fp64 reference, time a step",
     "estimate": "memory of weights, gradients and optimizer states of a model, for the common choices",

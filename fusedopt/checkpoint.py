@@ -10,12 +10,13 @@ import torch
 
 from fusedopt import states as st
 from fusedopt.checks import describe
+from fusedopt.conversion import convert, for_loading, to_bitsandbytes
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS
+from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
 
-STORAGE_OPTIONS = ("state_format", "param_precision", "min_quantized_numel")
-OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
+__all__ = ["convert", "prepare", "to_bitsandbytes", "to_torch"]
 
 
 def to_torch(opt, native: dict) -> dict:
@@ -151,6 +152,7 @@ def _step_dtype() -> torch.dtype:
 
 def prepare(opt, state_dict: dict) -> dict:
     """What Optimizer.__setstate__ takes, from a loaded state dict; the optimizer is not touched."""
+    state_dict = for_loading(opt, state_dict)
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")

@@ -13,6 +13,9 @@ from fusedopt.formats import BF16, FP32, Format, get_format, list_formats
 from fusedopt.memory import empty_like, flat
 from fusedopt.rule import Rule, State
 
+STORAGE_OPTIONS = ("state_format", "param_precision", "min_quantized_numel")
+OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
+
 
 def override(target, **options) -> None:
     """Gives one parameter, or every parameter of a module, its own options, e.g. `override(model.embed, state_format="fp32")`.
