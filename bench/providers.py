@@ -1,7 +1,8 @@
 """The frozen registry of providers: every optimizer the benchmarks can step, ours per backend and the rivals.
 
 A provider that cannot run on the present machine answers with the reason, which the results keep. Names are
-`package/rule/variant`; those of this package are `fusedopt-BACKEND/RULE/STATES`, with `+sr` for stochastic rounding.
+`package/rule/variant`; those of this package are `fusedopt-BACKEND/RULE/STATES`, with `+sr` for stochastic rounding and
+`+kahan`, `+split24`, ... for the other ways to keep 16-bit parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import fusedopt
 from bench.cases import Case
 from fusedopt.backends.base import BucketKey
 from fusedopt.backends.select import get_backend
+from fusedopt.formats import get_format, list_formats
+from fusedopt.precision import get_precision, list_precisions
 
 SMALL = 4096  # elements below which 8-bit optimizers keep fp32 states: ours, bitsandbytes and torchao alike
 INT8 = 1 + 4 / 256
@@ -98,14 +101,18 @@ OPTIONS = {"lr": 1e-4, "weight_decay": 1e-2}
 
 def _fusedopt(backend: str, rule: str, form: str, precision: str = "nearest", default: bool = True) -> Provider:
     states = {"adamw": 2, "lamb": 2, "lion": 1, "sgd": 1}[rule]
-    width = {"fp32": 4.0, "bf16": 2.0, "int8": INT8}[form]
+    keeps = get_precision(precision)
+    width = get_format(form).bytes_per_element
+    if keeps.companion:
+        width += (keeps.storage or torch.bfloat16).itemsize / states  # counted with the states
     more = {"sgd": {"momentum": 0.9}, "lamb": {"clip_grad_norm": None}}.get(rule, {})
     options = {**OPTIONS, **more, "state_format": form, "param_precision": precision, "backend": backend}
-    name = f"fusedopt-{backend}/{rule}/{form}" + ("+sr" if precision == "stochastic" else "")
+    suffix = {"nearest": "", "stochastic": "+sr"}.get(precision, f"+{precision}")
+    name = f"fusedopt-{backend}/{rule}/{form}{suffix}"
     return Provider(
         name, rule, lambda params: fusedopt.create(rule, params, **options), states, width,
         devices={"cpu": ("cpu",), "reference": ("cpu", "cuda")}.get(backend, ("cuda",)),
-        dtypes=HALVES if precision == "stochastic" else (torch.float32, *HALVES), default=default,
+        dtypes=(torch.float32, *HALVES) if precision == "nearest" else keeps.dtypes, default=default,
         backend=backend, formats=(form,) * states, precision=precision,
         temporary=40.0 if backend == "reference" else 0.0,
     )  # fmt: skip
@@ -115,9 +122,11 @@ def _ours() -> list[Provider]:
     out = []
     for backend in ("cpu", "cuda", "triton", "reference"):
         default = backend != "reference"
-        out += [_fusedopt(backend, "adamw", form, default=default) for form in ("fp32", "bf16", "int8")]
+        out += [_fusedopt(backend, "adamw", form, default=default) for form in list_formats()]
         out += [_fusedopt(backend, "adamw", form, "stochastic", default) for form in ("fp32", "int8")]
-        out += [_fusedopt(backend, "lion", form, default=default) for form in ("fp32", "int8")]
+        kept = [name for name in list_precisions() if get_precision(name).companion]
+        out += [_fusedopt(backend, "adamw", form, name, default) for name in kept for form in ("fp32", "int8")]
+        out += [_fusedopt(backend, "lion", form, default=default) for form in ("fp32", "int8", "int4")]
         out += [_fusedopt(backend, rule, "fp32", default=default) for rule in ("sgd", "lamb")]
     return out
 
@@ -153,6 +162,8 @@ def _rivals() -> list[Provider]:
         _rival("bitsandbytes/adamw/int8", "bitsandbytes.optim", "AdamW8bit", 2, INT8, **many),
         _rival("bitsandbytes/lion/int8", "bitsandbytes.optim", "Lion8bit", 1, INT8, **many),
         _rival("torchao/adamw/int8", "torchao.optim", "AdamW8bit", 2, INT8, **many),
+        _rival("torchao/adamw/int4", "torchao.optim", "AdamW4bit", 2, 0.5 + 4 / 128, **many),
+        _rival("torchao/adamw/fp8", "torchao.optim", "AdamWFp8", 2, INT8, **many),
         _rival("optimi/adamw/default", "optimi", adamw, 2, None, **two),
         _rival("optimi/lion/default", "optimi", "Lion", 1, None, **two),
         _rival("flashoptim/adamw/int8", "flashoptim", "FlashAdamW", 1, 3.125, dtypes=HALVES, **cuda),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedopt.abi import Phase
+from fusedopt.states import option_overrides
 
 
 def bytes_per_step(bucket, phase: Phase) -> float:
@@ -68,6 +69,8 @@ class PlanReport:
                 notes.append(
                     f"{what}: fp32 states, fewer than min_quantized_numel={wanted['min_quantized_numel']} elements"
                 )
+            if options := option_overrides(slot.param):
+                notes.append(f"{what}: overridden, {', '.join(f'{k}={v!r}' for k, v in options.items())}")
             if slot in self._plan.gapped:
                 notes.append(f"{what}: a view with gaps, stepped through a dense copy")
             elif slot.copy_grad:

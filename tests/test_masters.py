@@ -276,6 +276,7 @@ def test_override_and_changed_group(backend):
     assert torch.equal(masters.weights(params[0], opt.state[params[0]]), want)
     text = opt.plan().explain()
     assert "bfloat16 (split32)" in text and "bfloat16 (master)" in text
+    assert "parameter 1 (40, 130): overridden, param_precision='master'" in text
 
 
 @pytest.mark.parametrize(

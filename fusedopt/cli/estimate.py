@@ -27,7 +27,7 @@ from fusedopt.factory import parse_name
 from fusedopt.precision import list_precisions
 from fusedopt.states import option_overrides, scale_names
 
-COMMON = ("adamw", "adamw_bf16", "adamw8bit", "lion", "lion8bit", "sgd", "sgd8bit", "lamb", "lamb8bit")
+COMMON = "adamw adamw_bf16 adamw8bit adamw4bit lion lion8bit lion4bit sgd sgd8bit lamb lamb8bit".split()
 OPTIONS = {"sgd": {"momentum": 0.9}}
 
 
@@ -220,7 +220,7 @@ def report(model: Model, rows: list[Choice], precision: str, min_numel: int) -> 
     if small:
         lines.append(
             f"{len(small)} tensors below {min_numel} elements ({sum(p.numel() for p in small):,} in all) "
-            "keep fp32 states under an 8-bit format."
+            "keep fp32 states under an 8- or 4-bit format."
         )
     if model.frozen:
         lines.append(f"{sum(p.numel() for p in model.frozen):,} parameters are frozen: no gradient, no state.")
