@@ -1,8 +1,9 @@
 """How much accuracy formats and precisions cost, on the demo's byte-level GPT trained with AdamW.
 
-Three measurements: the error of every format on moments of a real run; how far the weights of a 2000-step run move away
-from those of the fp32 run; and the held-out loss over several seeds, paired with fp32's of the same seed. Rivals take part
-where they are installed and run on a CPU. Writes DIR/accuracy.json and DIR/accuracy.png.
+Four measurements: the error of every format on moments of a real run, and on artificial ones whose neighbours differ in
+scale; how far the weights of a 2000-step run move away from those of the fp32 run; and the held-out loss over several
+seeds, paired with fp32's of the same seed. Rivals take part where they are installed and run on a CPU. Writes
+DIR/accuracy.json and DIR/accuracy.png.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.accuracy_runs import (
     available,
     drift,
     moment_errors,
+    spread_errors,
     train,
 )
 from bench.machine import stamp
@@ -59,6 +61,7 @@ def jobs(args: argparse.Namespace) -> tuple[list[tuple], dict[str, str]]:
     rivals = [c for c in RIVALS if c.name not in left_out]
     everyone = [*FORMATS, *PRECISIONS, *rivals]
     found: list[tuple] = [(("moments",), moment_errors, (0, (12,) if args.quick else (24, 120, 240)))]
+    found.append((("spread",), spread_errors, ()))
     if not args.quick:
         found += [(("drift", c.name), drift, (c, 0)) for c in everyone]
     for seed in range(args.seeds):
@@ -119,7 +122,7 @@ def summary(results: dict, args: argparse.Namespace, left_out: dict[str, str]) -
     return {
         "kind": "accuracy", "machine": stamp(torch.device("cpu")), "seeds": args.seeds, "quick": args.quick,
         "aliases": {name: ALIASES[name] for name in ("8bit", "4bit")}, "left_out": left_out,
-        "moments": results[("moments",)], "drift": distances(results), "drift_held_out": long, "losses": losses,
+        "moments": results[("moments",)], "spread": results[("spread",)], "drift": distances(results), "drift_held_out": long, "losses": losses,
     }  # fmt: skip
 
 
@@ -159,6 +162,10 @@ def report(document: dict) -> str:
         "m / sqrt(v) by kind of layer; max |u| is the largest update in units of lr\n",
         _moment_table(document),
     ]
+    spreads = list(next(iter(document["spread"].values())))
+    rows = [[name, *(f"{100 * errors[s]:.2f}" for s in spreads)] for name, errors in document["spread"].items()]
+    parts += ["\nError of the update, % rms, where neighbours' gradients differ in scale by exp(spread * normal)\n"]
+    parts += [render(["spread", *map(str, spreads)], rows)]
     if document["drift"]:
         looks = sorted({k for d in document["drift"].values() for k in d})
         rows = [[n, *(f"{100 * d[k]:.2f}" for k in looks)] for n, d in document["drift"].items()]

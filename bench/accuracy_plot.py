@@ -14,12 +14,13 @@ def draw(document: dict):
     """A matplotlib figure of one result."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 10), layout="constrained")
-    panels = figure.subplots(2, 2)
-    _moments(panels[0, 0], document["moments"])
-    _drift(panels[0, 1], document["drift"])
-    _losses(panels[1, 0], document["losses"]["demo"], "the demo's model, 240 steps")
-    _losses(panels[1, 1], document["losses"]["small"], "0.27 M parameters, 500 steps")
+    figure = Figure(figsize=(13, 14), layout="constrained")
+    panels = figure.subplot_mosaic([["moments", "spread"], ["drift", "drift"], ["demo", "small"]])
+    _moments(panels["moments"], document["moments"])
+    _spread(panels["spread"], document["spread"])
+    _drift(panels["drift"], document["drift"])
+    _losses(panels["demo"], document["losses"]["demo"], "the demo's model, 240 steps")
+    _losses(panels["small"], document["losses"]["small"], "0.27 M parameters, 500 steps")
     figure.suptitle(
         f"AdamW on a byte-level GPT: what formats and precisions cost, {document['seeds']} seeds", fontsize=11
     )
@@ -38,6 +39,18 @@ def _moments(axes, rows: list[dict]) -> None:
     axes.invert_yaxis()
     axes.legend(fontsize=7, loc="lower right")
     axes.set_title("error on the moments of a training run, % rms", fontsize=9, loc="left")
+
+
+def _spread(axes, errors: dict) -> None:
+    for i, (name, points) in enumerate(errors.items()):
+        spreads = sorted(points, key=float)
+        style = "-" if i < 10 else "--"
+        axes.plot(
+            [float(s) for s in spreads], [100 * points[s] for s in spreads], style, color=f"C{i % 10}", label=name
+        )
+    axes.set_yscale("log")
+    axes.legend(fontsize=6.5, ncols=2)
+    axes.set_title("error of the update, % rms, by the spread of neighbours' gradient scales", fontsize=9, loc="left")
 
 
 def _drift(axes, drift: dict) -> None:

@@ -227,6 +227,32 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return (got - want).norm().item() / norm if norm > 0 else math.nan
 
 
+SPREADS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+def spread_errors() -> dict[str, dict[float, float]]:
+    """The error of the update, relative rms, where the gradients of neighbours differ in scale: format -> spread -> error.
+
+    An element's gradients are normal with a scale of its own, exp(spread * normal): 50 steps of Adam's moments.
+    """
+    torch.set_num_threads(1)
+    codes = coders()
+    out: dict[str, dict[float, float]] = {name: {} for name in codes}
+    for spread in SPREADS:
+        gen = torch.Generator().manual_seed(0)
+        scale = torch.exp(spread * torch.randn(1 << 16, generator=gen))
+        m, v = torch.zeros(2, 1 << 16)
+        for _ in range(50):
+            g = scale * torch.randn(1 << 16, generator=gen)
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        exact = m.double() / v.double().sqrt()
+        for name, code in codes.items():
+            second = code(v, False)
+            second = torch.where(second > 0, second, torch.full_like(second, 1e-16))  # eps, where a format gives zero
+            out[name][spread] = _relative(code(m, True) / second.sqrt(), exact)
+    return out
+
+
 def drift(config: Config, seed: int) -> dict:
     """The LONG run with its weights at LOOKS."""
     return train(config, LONG, seed, looks=(0, *LOOKS))
