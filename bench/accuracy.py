@@ -122,7 +122,8 @@ def summary(results: dict, args: argparse.Namespace, left_out: dict[str, str]) -
     return {
         "kind": "accuracy", "machine": stamp(torch.device("cpu")), "seeds": args.seeds, "quick": args.quick,
         "aliases": {name: ALIASES[name] for name in ("8bit", "4bit")}, "left_out": left_out,
-        "moments": results[("moments",)], "spread": results[("spread",)], "drift": distances(results), "drift_held_out": long, "losses": losses,
+        "moments": results[("moments",)], "spread": results[("spread",)],
+        "drift": distances(results), "drift_held_out": long, "losses": losses,
     }  # fmt: skip
 
 
