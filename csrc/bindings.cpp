@@ -113,7 +113,8 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("max_threads", &max_threads, "Threads OpenMP would use; 1 where it was not available to the build.");
   m.def(
       "encode",
-      [](uintptr_t values, int32_t dtype, int64_t numel, int32_t format, uintptr_t codes, uintptr_t scales, int32_t isa, int32_t threads) {
+      [](uintptr_t values, int32_t dtype, int64_t numel, int32_t format, uintptr_t codes, uintptr_t scales, int32_t isa,
+         int32_t threads) {
         const FoDriver chosen = checked_driver(isa, format, dtype, numel, threads);
         py::gil_scoped_release released;
         chosen.encode(at<void>(values), dtype, numel, format, at<uint8_t>(codes), at<float>(scales), threads);
@@ -122,7 +123,8 @@ PYBIND11_MODULE(_native_cpu, m) {
       py::arg("threads"), "Encodes values of a dtype in a blockwise format: codes and one fp32 scale per block.");
   m.def(
       "decode",
-      [](uintptr_t codes, uintptr_t scales, int64_t numel, int32_t format, uintptr_t values, int32_t dtype, int32_t isa, int32_t threads) {
+      [](uintptr_t codes, uintptr_t scales, int64_t numel, int32_t format, uintptr_t values, int32_t dtype, int32_t isa,
+         int32_t threads) {
         const FoDriver chosen = checked_driver(isa, format, dtype, numel, threads);
         py::gil_scoped_release released;
         chosen.decode(at<uint8_t>(codes), at<float>(scales), numel, format, at<void>(values), dtype, threads);

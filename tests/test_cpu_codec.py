@@ -14,6 +14,7 @@ FORMATS = [get_format(name) for name in list_formats() if get_format(name).block
 TAILS = (1, 2, 7, 8, 15, 16, 31, 127, 128, 129, 255, 256, 257, 383, 384, 385, 511, 1000, 4096)
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 EACH_FORMAT = pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
+TINY = torch.finfo(torch.float32).tiny
 HOSTILE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-40, 1.2e-38, 3e38, 1.0, -float("nan")]
 
 
@@ -110,9 +111,11 @@ def test_codec_is_the_reference(isa, form, signed):
     every = torch.arange(256, dtype=torch.uint8)
     every = every[(every & 127) != 127] if form.name == "fp8" and signed else every
     numel = every.numel() * 8 // form.bits
-    scales = torch.linspace(0.5, 3, form.scale_count(numel))
-    want = form.decode(every, scales, signed, torch.float64, numel)
-    torch.testing.assert_close(decode(form, every, scales, numel, signed, isa).double(), want, rtol=5e-7, atol=0)
+    for scale in (0.5, 3.0, 1e30, 1e-19, 1e-30, 2e-38):
+        scales = torch.linspace(scale, 1.5 * scale, form.scale_count(numel))
+        want = form.decode(every, scales, signed, torch.float64, numel)
+        got = decode(form, every, scales, numel, signed, isa).double()
+        torch.testing.assert_close(got, want, rtol=5e-7, atol=TINY)  # what is smaller is flushed
 
 
 @SIGNS

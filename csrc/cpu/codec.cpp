@@ -3,6 +3,7 @@
 
 #if defined(__AVX512F__)
 #include "codec_avx512.h"
+#include "vectors_avx512.h"
 #elif defined(__AVX2__)
 #include "codec_avx2.h"
 #else
@@ -46,8 +47,14 @@ static void scale_block(float* values, float* scales, float* inverses) {
 
 template <int32_t Format, bool Signed>
 static void decode_block(const uint8_t* codes, const float* scales, float* values) {
-  constexpr int n = Lanes<Format, Signed>::count;
-  for (int i = 0; i < kBlock; i += n) Lanes<Format, Signed>::decode(codes + (Format == kFormatInt4 ? i / 2 : i), scales[i / n], values + i);
+  constexpr int n = Lanes<Format, Signed>::count, bytes = Format == kFormatInt4 ? n / 2 : n;
+  // Steps of the int8 map times a tiny scale would be flushed to zero.
+  constexpr float kTiny = 5.42101086242752217e-20f;  // 2^-64
+  const bool tiny = Format == kFormatInt8 && scales[0] < kTiny && scales[0] > 0.f;
+  for (int i = 0; i < kBlock / n; ++i) {
+    Lanes<Format, Signed>::decode(codes + i * bytes, tiny ? scales[i] / kTiny : scales[i], values + i * n);
+  }
+  if (tiny) for (int i = 0; i < kBlock; ++i) values[i] *= kTiny;
 }
 
 template <int32_t Format, bool Signed>

@@ -12,7 +12,7 @@ struct BlockCodec {
   int bits;   // per code
 };
 
-// `values` of all codecs start at a multiple of 4 bytes, no more.
+// Addresses are multiples of the size of an element, no more.
 const BlockCodec& block_codec(int32_t format);
 
 // n values of a stream that starts at a block; the last block may be short. The values of `encode` stay as they are.

@@ -12,7 +12,8 @@ struct FoDriver {
   void (*const* steps)(const void* launch);  // by rule id
   void (*norm)(const void* launch);
   void (*encode)(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads);
-  void (*decode)(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype, int32_t threads);
+  void (*decode)(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype,
+                 int32_t threads);
 };
 
 namespace fo_baseline { FoDriver driver(); }

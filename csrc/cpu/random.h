@@ -33,8 +33,8 @@ struct WordVector {
   }
 };
 
-// 16 bits of a stream (philox.h) for each of n elements from element `start`, a multiple of 8. In little-endian memory the words of an octet are its
-// elements' bits in order. `out` has room for whole vectors.
+// 16 bits of a stream (philox.h) for each of n elements from element `start`, a multiple of 8. In little-endian memory the words
+// of an octet are its elements' bits in order. `out` has room for whole vectors.
 static inline void random_bits(const Head& head, uint32_t tensor, int stream, int64_t start, int n, uint16_t* out) {
   using Words = WordVector::Word;
   constexpr int lanes = WordVector::lanes;

@@ -144,7 +144,8 @@ void store_param(const Launch& launch, const Row& row, const Head& head, int64_t
 
 float* load_state(const Launch& launch, const Row& row, int i, int64_t offset, int n, float* buffer) {
   const int32_t format = launch.formats[i];
-  if (!is_blockwise(format)) return load_tile(row[kState + i], (format & kFormatMask) == kFormatF32 ? kF32 : kBF16, offset, n, buffer);
+  const int32_t dtype = (format & kFormatMask) == kFormatF32 ? kF32 : kBF16;
+  if (!is_blockwise(format)) return load_tile(row[kState + i], dtype, offset, n, buffer);
   decode_blocks(format, at<uint8_t>(row[kState + i], offset * code_bits(format) / 8),
                 at<float>(row[kScale + i], offset / block_size(format)), n, buffer);
   return buffer;
@@ -176,7 +177,8 @@ static void for_tiles(int64_t numel, int32_t threads, const Body& body) {
   }
 }
 
-void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads) {
+void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales,
+                   int32_t threads) {
   for_tiles(numel, threads, [&](int64_t first, int n) {
     alignas(64) float buffer[kTile];
     const float* x = load_tile(reinterpret_cast<int64_t>(values), dtype, first, n, buffer);
@@ -184,7 +186,8 @@ void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t for
   });
 }
 
-void decode_tensor(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype, int32_t threads) {
+void decode_tensor(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype,
+                   int32_t threads) {
   for_tiles(numel, threads, [&](int64_t first, int n) {
     alignas(64) float buffer[kTile];
     float* out = dtype == kF32 ? static_cast<float*>(values) + first : buffer;

@@ -21,7 +21,9 @@ void store_param(const Launch& launch, const Row& row, const Head& head, int64_t
 void store_state(const Launch& launch, const Row& row, const Head& head, int i, int64_t offset, int n, const float* values);
 
 // A flat tensor of any dtype into codes and back.
-void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads);
-void decode_tensor(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype, int32_t threads);
+void encode_tensor(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales,
+                   int32_t threads);
+void decode_tensor(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype,
+                   int32_t threads);
 
 }  // namespace fo
