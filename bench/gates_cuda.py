@@ -100,11 +100,16 @@ def resources(archs=ARCHS, workers: int = 2) -> list[dict]:
     accesses), shared (bytes), loads and stores ({bits: static count}), instructions (static), calls, atomics."""
     out = simt.BUILD / "gates" / simt.digest(*archs, Path(__file__).read_text())
     cached = out / "resources.json"
-    if cached.exists():
-        rows = json.loads(cached.read_text())
-        for row in rows:
-            row["loads"], row["stores"] = ({int(k): v for k, v in row[n].items()} for n in ("loads", "stores"))
-        return rows
+    with simt.alone(out):
+        if not cached.exists():
+            cached.write_text(json.dumps(_compile(out, archs, workers)))
+    rows = json.loads(cached.read_text())
+    for row in rows:
+        row["loads"], row["stores"] = ({int(k): v for k, v in row[n].items()} for n in ("loads", "stores"))
+    return rows
+
+
+def _compile(out: Path, archs: tuple[str, ...], workers: int) -> list[dict]:
     gen = out / "gen"
     gen.mkdir(parents=True, exist_ok=True)
     jobs = [(source, arch) for source in simt.sources(gen) for arch in archs]
@@ -115,9 +120,7 @@ def resources(archs=ARCHS, workers: int = 2) -> list[dict]:
         return [{"arch": arch, **row} for row in read_cubin(cubin)]
 
     with ThreadPoolExecutor(workers) as pool:
-        rows = [row for part in pool.map(run, jobs) for row in part]
-    cached.write_text(json.dumps(rows))
-    return rows
+        return [row for part in pool.map(run, jobs) for row in part]
 
 
 if __name__ == "__main__":

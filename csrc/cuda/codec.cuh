@@ -44,15 +44,22 @@ FO_DEV Largest reduce_largest(uint32_t mine, bool halves) {
   return {upper ? second : first, first > second ? first : second};
 }
 
-// Where a warp holds a NaN or an infinity: the blocks' finite maxima, and in place of each such element the maximum with its sign.
-FO_DEV Largest replace_non_finite(float (&v)[kOctet], bool halves) {
+// What needs a second look: NaN and infinity, and scales by which a second moment that is not zero may underflow.
+constexpr uint32_t kExtreme = 0x4B000000u;  // 2^23: 2^-126 / 2^23 is the least subnormal
+
+// The blocks' finite maxima; in place of a NaN or an infinity the maximum with its sign, and for second moments what has the lowest code
+// that is not zero in place of what is too small.
+FO_DEV Largest replace_extremes(float (&v)[kOctet], bool halves, bool is_signed) {
   uint32_t mine = 0;
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) mine = finite_magnitude(v[i]) > mine ? finite_magnitude(v[i]) : mine;
   const Largest largest = reduce_largest(mine, halves);
+  const float least = is_signed ? 0.f : from_bits(largest.block) * 9.094947e-13f;  // 2^-40
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i)
+  for (int i = 0; i < kOctet; ++i) {
     if (magnitude(v[i]) >= kInfinite) v[i] = from_bits(largest.block | (bits(v[i]) & 0x80000000u));
+    else if (is_present(v[i]) && fabsf(v[i]) < least) v[i] = least;
+  }
   return largest;
 }
 
@@ -72,7 +79,7 @@ FO_DEV Octet encode(float (&v)[kOctet], int format, float& scale, const CodeView
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) mine = max_magnitude(mine, v[i]);
   Largest largest = reduce_largest(bits(mine), halves);
-  if (largest.warp >= kInfinite) largest = replace_non_finite(v, halves);
+  if (largest.warp >= kExtreme) largest = replace_extremes(v, halves, format & kFormatSigned);
   scale = block_scale(largest.block);
   const float inverse = scale > 0.f ? reciprocal(scale) : 0.f;
   return format & kFormatSigned ? encode_codes<true>(v, id, inverse, tables) : encode_codes<false>(v, id, inverse, tables);

@@ -20,7 +20,7 @@ FO_DEV void int8_decode8(float (&v)[kOctet], const Octet& o, float scale, const 
   }
 }
 
-// A second moment (unsigned) becomes code 0 only where y is 0, and y is 0 for no x above 7e-46 absmax.
+// A second moment (unsigned) becomes code 0 only where y is 0: for no x from 2^-126 on (kExtreme in codec.cuh).
 template <bool Signed>
 FO_DEV Octet int8_encode8(const float (&x)[kOctet], float inverse, const CodeView& t) {
   constexpr size_t kBoundary = Signed ? offsetof(CodeTables, boundary_signed) : offsetof(CodeTables, boundary_unsigned);

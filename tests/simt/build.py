@@ -5,11 +5,14 @@ Built once per content of the sources, under build/simt.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -45,13 +48,26 @@ def sources(gen: Path) -> list[Path]:
     return units + sorted((CSRC / "cuda").glob("*.cu"))
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time builds in a folder: the workers of pytest-xdist start together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(asan: bool = False) -> Path:
     flags = FLAGS + (["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"] if asan else [])
     out = BUILD / "simt" / f"{digest(*flags)}{'_asan' if asan else ''}"
     target = out / "libsimt.so"
-    if target.exists():
-        return target
-    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        if not target.exists():
+            compile_library(out, target, flags)
+    return target
+
+
+def compile_library(out: Path, target: Path, flags: list[str]) -> None:
     gen = out / "gen"
     units = [*sources(gen), SIMT / "simt.cpp"]
     include = [f"-I{p}" for p in (CSRC, gen, SIMT)]
@@ -70,7 +86,6 @@ def build(asan: bool = False) -> Path:
     fresh = out / "libsimt.so.new"
     subprocess.run([compiler(), *flags, "-shared", *map(str, objects), "-o", str(fresh)], check=True)
     fresh.replace(target)
-    return target
 
 
 class Library:
