@@ -8,6 +8,7 @@ namespace fo {
 
 constexpr int kOctet = 8;
 
+// Words that a narrow type leaves unused are zero: undefined on one path only, ptxas would keep them through the whole loop.
 struct Octet { uint32_t word[kOctet]; };  // 8 fp32, 8 halves in words 0..3, 8 codes in words 0..1, or 16 codes of 4 bits in an even lane's
 
 // One tensor seen from a chunk: the chunk's first element and log2 of the bytes of two elements (4-bit codes: 0).
@@ -28,13 +29,12 @@ FO_DEV uint32_t take_half(const Octet& o) {
   return threadIdx.x & 1 ? other : o.word[0];
 }
 FO_DEV Octet give_half(uint32_t word) {
-  Octet o;
+  Octet o = {};
   o.word[0] = word, o.word[1] = __shfl_xor_sync(kAllLanes, word, 1);
   return o;
 }
 
 // Streaming hints (evict first): nothing a step touches is read again before the whole model has passed.
-// Words a narrow type leaves unused are zero: undefined on one path only, ptxas would keep them through the whole loop.
 FO_DEV Octet load_octet(const Stream& s, uint32_t element) {
   Octet o = {};
   const char* from = s.at(element);
@@ -152,7 +152,7 @@ FO_DEV void widen(float (&v)[kOctet], const Octet& o, int dtype) {
 }
 
 FO_DEV Octet narrow(const float (&v)[kOctet], int dtype) {
-  Octet o;
+  Octet o = {};
   if (dtype == kF32) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) o.word[i] = bits(v[i]);

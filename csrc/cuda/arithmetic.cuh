@@ -31,7 +31,7 @@ FO_DEV void int8c_decode8(float (&v)[kOctet], const Octet& o, float scale, const
 
 template <bool Signed>
 FO_DEV Octet int8c_encode8(const float (&x)[kOctet], float inverse) {
-  Octet o;
+  Octet o = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t code[4];
@@ -74,7 +74,7 @@ FO_DEV uint32_t fp8_code(float z, uint32_t exponent) {
 
 template <bool Signed>
 FO_DEV Octet fp8_encode8(const float (&x)[kOctet], float inverse) {
-  Octet o;
+  Octet o = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float* f = x + 4 * half;

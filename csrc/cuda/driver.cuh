@@ -5,21 +5,14 @@
 // A warp owns one block of 256 elements at a time, a lane one octet; the warp that owns a row's last block owns its tail.
 // A chunk's look-ups meet at one barrier; its loop has none (but for the sums of a probe).
 // Format, type and precision are warp-uniform switches: one kernel per rule. fp32 gets none of its own: its 20 instructions per element
-// are a tenth of what its bytes leave time for, and with bf16 and int8 the switch is a few branches in about 600 instructions.
+// are a tenth of what its bytes leave time for, and with bf16 and int8 the switch is a few branches in about 600 instructions. A companion
+// gets none either: it needs no more registers once no word of an octet is left undefined (access.cuh).
 #pragma once
 #include "codec.cuh"
 #include "reduce.cuh"
 #include "weight.cuh"
 
 namespace fo {
-
-template <class Rule>
-FO_DEV bool any_codes(const Launch& launch) {
-  bool any = false;
-#pragma unroll
-  for (int i = 0; i < Rule::state_count; ++i) any |= is_blockwise(launch.formats[i]);
-  return any;
-}
 
 // What a chunk looks up only once: in shared memory, since in registers it would cost a CTA per SM.
 template <class Rule>
@@ -37,32 +30,52 @@ struct Numbers {
 template <class Rule>
 constexpr int kMinBlocks = Rule::state_count <= 1 ? 4 : Rule::state_count == 2 ? 3 : 2;
 
-template <class Rule, bool Probe>
+// What the kernel switches on. bench/gates_cuda.py counts instructions with constants in place of it.
+struct Mode {
+  const Launch& launch;
+  FO_DEV int format(int i) const { return launch.formats[i]; }
+  FO_DEV int param_dtype() const { return launch.param_dtype; }
+  FO_DEV int grad_dtype() const { return launch.grad_dtype; }
+  FO_DEV int precision() const { return launch.precision; }
+  FO_DEV bool is_full(int end, int whole) const { return end <= whole; }
+};
+
+template <class Rule, class AnyMode>
+FO_DEV bool any_codes(const AnyMode& mode) {
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < Rule::state_count; ++i) any |= is_blockwise(mode.format(i));
+  return any;
+}
+
+template <class Rule, bool Probe, class AnyMode = Mode>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const __grid_constant__ Launch launch) {
   constexpr int kStates = Rule::state_count, kSlots = kStates > 0 ? kStates : 1;
+  const AnyMode mode{launch};
   __shared__ CodeTables shared_tables;
   __shared__ BlockSums sums;
   __shared__ Numbers<Rule> numbers;
   // Every look-up that can be under way before the first one is used: they are the latency of a small launch.
   const float found_inf = launch.found_inf ? *launch.found_inf : 0.f;
   const Work work = make_work(launch);
-  const Stream param = make_stream(entry(launch, kParam, work.row), dtype_shift(launch.param_dtype), work.first);
+  const Stream param = make_stream(entry(launch, kParam, work.row), dtype_shift(mode.param_dtype()), work.first);
   Stream states[kSlots];
 #pragma unroll
   for (int i = 0; i < kStates; ++i)
-    states[i] = make_stream(entry(launch, kState + i, work.row), format_shift(launch.formats[i]), work.first);
-  if (any_codes<Rule>(launch)) copy_code_tables(shared_tables);
+    states[i] = make_stream(entry(launch, kState + i, work.row), format_shift(mode.format(i)), work.first);
+  if (any_codes<Rule>(mode)) copy_code_tables(shared_tables);
   if (threadIdx.x == 0) {
     const float* row = launch.scalars + (work.meta & 0xFFFFFFFF) * kScalarStride;
     numbers.head = *reinterpret_cast<const Head*>(row);
     numbers.scalars = *reinterpret_cast<const typename Rule::Scalars*>(row + kScalarHead);
     numbers.stage = make_stage<Rule>(launch, launch.phase, numbers.head, numbers.scalars, work.meta >> 32);
-    numbers.grad = make_stream(entry(launch, kGrad, work.row), dtype_shift(launch.grad_dtype), work.first).base;
-    if (has_companion(launch.precision)) numbers.companion = make_stream(entry(launch, kCompanion, work.row), companion_shift(launch.precision), work.first).base;
+    numbers.grad = make_stream(entry(launch, kGrad, work.row), dtype_shift(mode.grad_dtype()), work.first).base;
+    if (has_companion(mode.precision()))
+      numbers.companion = make_stream(entry(launch, kCompanion, work.row), companion_shift(mode.precision()), work.first).base;
     numbers.octet = work.first / kOctet;
     numbers.tensor = uint32_t(work.meta >> 32);
     for (int i = 0; i < kStates; ++i)
-      numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + (work.first >> block_shift(launch.formats[i]));
+      numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + (work.first >> block_shift(mode.format(i)));
   }
   if (found_inf != 0.f) return;
   __syncthreads();
@@ -75,31 +88,31 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 #pragma unroll 1
   for (int block = warp * kBlock; block < end; block += kGrainSize) {
     const int at = block + lane * kOctet, live = work.count - at;
-    const bool full = block + kBlock <= whole;
-    const Stream grad = {numbers.grad, dtype_shift(launch.grad_dtype)};
-    const Stream companion = {numbers.companion, companion_shift(launch.precision)};
+    const bool full = mode.is_full(block + kBlock, whole);
+    const Stream grad = {numbers.grad, dtype_shift(mode.grad_dtype())};
+    const Stream companion = {numbers.companion, companion_shift(mode.precision())};
     Octet raw_g, raw_p, raw_s[kSlots];
     if (full) {
       raw_g = load_octet(grad, at);
-      load_raw_weight<true>(raw_p, param, companion, launch.precision, at, live);
+      load_raw_weight<true>(raw_p, param, companion, mode.precision(), at, live);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet(states[i], at);
     } else {
       raw_g = load_octet_masked(grad, at, live);
-      load_raw_weight<false>(raw_p, param, companion, launch.precision, at, live);
+      load_raw_weight<false>(raw_p, param, companion, mode.precision(), at, live);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet_masked(states[i], at, live);
     }
     float scale[kSlots];
 #pragma unroll
     for (int i = 0; i < kStates; ++i)
-      scale[i] = is_blockwise(launch.formats[i]) && live > 0 ? __ldcs(numbers.scales[i] + (at >> block_shift(launch.formats[i]))) : 0.f;
+      scale[i] = is_blockwise(mode.format(i)) && live > 0 ? __ldcs(numbers.scales[i] + (at >> block_shift(mode.format(i)))) : 0.f;
 
     float g[kOctet], p[kOctet], s[kMaxStates][kOctet];
-    widen(g, raw_g, launch.grad_dtype);
-    load_weight(p, raw_p, launch.param_dtype, launch.precision);
+    widen(g, raw_g, mode.grad_dtype());
+    load_weight(p, raw_p, mode.param_dtype(), mode.precision());
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], launch.formats[i], scale[i], tables);
+    for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], mode.format(i), scale[i], tables);
 
     Pair square = {0.f, 0.f};
 #pragma unroll
@@ -123,16 +136,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 
     const auto random = [&](int stream) { return philox8(numbers.head, numbers.tensor, stream_octet(numbers.octet + at / kOctet, stream)); };
     Octet out, kept = {};
-    out = store_weight(p, launch.param_dtype, launch.precision, random, kept);
+    out = store_weight(p, mode.param_dtype(), mode.precision(), random, kept);
     if (full) store_octet(param, at, out);
     else store_octet_masked(param, at, live, out);
-    if (has_companion(launch.precision)) {
+    if (has_companion(mode.precision())) {
       if (full) store_octet(companion, at, kept);
       else store_octet_masked(companion, at, live, kept);
     }
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
-      const int format = launch.formats[i];
+      const int format = mode.format(i);
       if (is_blockwise(format)) {
         if (!full) clear_tail(s[i], live);
         float next = 0.f;

@@ -25,7 +25,7 @@ template <bool Signed>
 FO_DEV Octet int8_encode8(const float (&x)[kOctet], float inverse, const CodeView& t) {
   constexpr size_t kBoundary = Signed ? offsetof(CodeTables, boundary_signed) : offsetof(CodeTables, boundary_unsigned);
   constexpr size_t kTable = Signed ? offsetof(CodeTables, encode_signed) : offsetof(CodeTables, encode_unsigned);
-  Octet o;
+  Octet o = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t code[4];

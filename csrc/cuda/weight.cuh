@@ -18,17 +18,12 @@ FO_DEV Octet load_octet_or_part(const Stream& s, uint32_t element, int live) {
 
 template <bool Full>
 FO_DEV void load_raw_weight(Octet& raw, const Stream& param, const Stream& companion, int precision, uint32_t element, int live) {
-  if (precision == kMaster) {
-    raw = load_octet_or_part<Full>({companion.base, 3}, element, live);
-  } else {
-    raw = load_octet_or_part<Full>(param, element, live);
-    if (precision == kSplit24) {
-      const Octet o = load_octet_or_part<Full>({companion.base, 1}, element, live);
-      raw.word[4] = o.word[0], raw.word[5] = o.word[1];
-    } else if (has_companion(precision)) {
-      const Octet o = load_octet_or_part<Full>({companion.base, 2}, element, live);
-      raw.word[4] = o.word[0], raw.word[5] = o.word[1], raw.word[6] = o.word[2], raw.word[7] = o.word[3];
-    }
+  raw = {};
+  if (precision != kMaster) raw = load_octet_or_part<Full>(param, element, live);
+  if (has_companion(precision)) {
+    const Octet o = load_octet_or_part<Full>(companion, element, live);
+    if (precision == kMaster) raw = o;
+    else raw.word[4] = o.word[0], raw.word[5] = o.word[1], raw.word[6] = o.word[2], raw.word[7] = o.word[3];
   }
 }
 
@@ -51,7 +46,7 @@ FO_DEV void load_weight(float (&p)[kOctet], const Octet& raw, int dtype, int pre
 // The parameter; into `companion` its companion. p may change. random: a stream's bits for the octet.
 template <class Random>
 FO_DEV Octet store_weight(float (&p)[kOctet], int dtype, int precision, const Random& random, Octet& companion) {
-  Octet out;
+  Octet out = {};
   if (dtype != kF32 && (precision == kStochastic || precision == kKahan)) {
     if (precision == kKahan) {
       out = narrow(p, dtype);
@@ -62,7 +57,6 @@ FO_DEV Octet store_weight(float (&p)[kOctet], int dtype, int precision, const Ra
     if (precision == kStochastic) out = companion;
   } else if (precision == kSplit24) {
     const Random8 r = random(0);
-    companion.word[0] = companion.word[1] = 0;
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
       const Split s = split24(p[i], uniform16(r, i));
