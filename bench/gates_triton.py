@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from bench.sass import loop_instructions
 from fusedopt.abi import Phase
+from fusedopt.formats import get_format
+from fusedopt.precision import get_precision
 from fusedopt.rule import get_rule
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -35,45 +38,86 @@ class Case(NamedTuple):
         text = f"{self.rule} {formats} {types} {self.precision} {self.phase.name.lower()}"
         return text if self.aligned else text + " unaligned"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.formats,) * len(get_rule(self.rule).states) if isinstance(self.formats, str) else self.formats
 
-def register_ceiling(case: Case, target: str) -> int:
-    """128 registers of 256 threads let two programs share an NVIDIA SM. Three int8 states and unaligned rows run one."""
+
+class Blockwise(NamedTuple):
+    """A public quantisation kernel; encode: quantize, otherwise dequantize."""
+
+    formats: str
+    signed: bool
+    encode: bool
+    dtype: torch.dtype = BF16
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        name = "quantize" if self.encode else "dequantize"
+        return f"{name} {self.formats} {'signed' if self.signed else 'unsigned'} {str(self.dtype)[6:]}"
+
+
+def register_ceiling(case: Case | Blockwise, target: str) -> int:
+    """128 registers of 256 threads let two programs share an NVIDIA SM. Three coded states and unaligned rows run one."""
     if target.startswith("gfx"):
         return 256
-    return 192 if not case.aligned or case.formats == "int8" and len(get_rule(case.rule).states) > 2 else 128
+    if isinstance(case, Blockwise):
+        return 64
+    coded = sum(get_format(name).block > 0 for name in case.names)
+    return 192 if not case.aligned or coded > 2 else 128
 
 
-# Every rule in its cheapest and its densest storage; other formats, types and phases where they take other code.
+# Every rule in its cheapest and in a dense storage; formats, precisions, types and phases where they take other code.
 CASES = (
     *(Case(rule) for rule in ("sgd", "sgd_momentum", "adam", "adam_amsgrad", "lion", "lars_momentum")),
     *(
         Case(rule, "int8", BF16, BF16, "stochastic")
         for rule in ("sgd_momentum", "adam", "adam_amsgrad", "lion", "lars_momentum")
     ),
+    *(Case("adam", formats, BF16, BF16) for formats in ("int8", "int8c", "fp8", "int4")),
+    *(Case("lion", formats, BF16, BF16, "stochastic") for formats in ("int8c", "fp8", "int4")),
+    *(Case("adam", "fp32", BF16, BF16, precision) for precision in ("kahan", "split24", "split32", "master")),
+    Case("adam_amsgrad", ("int8c", "fp8", "int4"), BF16, BF16, "stochastic"),
+    Case("adam", "int4", F16, F16, "kahan"),
+    Case("adam", "bf16_stochastic", BF16, BF16, "split24"),
     Case("lars", "fp32", BF16, BF16),
     Case("adam", ("int8", "bf16"), F32, BF16),
     Case("adam", "bf16", F16, F16, "stochastic"),
     Case("adam", "int8", BF16, BF16, aligned=False),
+    Case("adam", "int4", BF16, BF16, "split24", aligned=False),
     Case("lamb", "fp32", phase=Phase.PROBE),
     Case("lamb", "int8", BF16, BF16, "stochastic", Phase.APPLY),
+    Case("lamb", "int8c", BF16, BF16, "split32", Phase.PROBE),
     Case("sgd", "fp32", BF16, BF16, phase=Phase.NORM),
     Case("lars", "fp32", phase=Phase.NORM),
+    *(Blockwise("int4", True, encode) for encode in (True, False)),
+    Blockwise("int8", False, True, F32),
 )
 
+# Instructions executed for each parameter of AdamW with bf16 parameters and gradients: a ceiling for sm_90 and Triton 3.9.
+# At the memory limit an H200 has time for about 78 with 8-bit states and 63 with int4 (DESIGN, section 5).
+INSTRUCTIONS = {"int8": 135, "int8c": 78, "fp8": 83, "int4": 107}
 
-def _source(case: Case):
+
+def _source(case: Case | Blockwise):
     from triton.compiler import ASTSource
 
     import fusedopt  # noqa: F401  (registers the rules)
     from fusedopt.backends.triton import constants
-    from fusedopt.formats import get_format
-    from fusedopt.kernels.driver import step_kernel
-    from fusedopt.rule import get_rule
+    from fusedopt.kernels.driver import launch_options, step_kernel
+    from fusedopt.kernels.quantize import dequantize_kernel, quantize_kernel
 
+    if isinstance(case, Blockwise):
+        element = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}[case.dtype]
+        kernel = quantize_kernel if case.encode else dequantize_kernel
+        fixed = {"FORMAT": get_format(case.formats).code(case.signed), "ALIGNED": case.aligned}
+        types = {"x": element, "out": element, "codes": "*u8", "scale": "*fp32", "numel": "i64"}
+        signature = {n: "constexpr" if n in fixed else types[n] for n in kernel.arg_names}
+        divisible = {(i,): [["tt.divisibility", 16]] for i in range(4) if kernel.arg_names[i] != "numel"}
+        return ASTSource(kernel, signature, fixed, divisible), lambda nvidia: {"num_warps": 8 if nvidia else 4}
     rule = get_rule(case.rule)
-    names = (case.formats,) * len(rule.states) if isinstance(case.formats, str) else case.formats
     fixed = constants(
-        rule, [get_format(n) for n in names], case.param, case.grad, case.precision, case.phase, case.aligned
+        rule, [get_format(n) for n in case.names], case.param, case.grad, case.precision, case.phase, case.aligned
     )
     reduces = case.phase in (Phase.NORM, Phase.PROBE)
     absent = set() if reduces else {"partials", "totals", "norm", "counters"}
@@ -84,7 +128,7 @@ def _source(case: Case):
     integers = ("rows", "live_rows", "chunk", "total_index", "total_count")
     types |= dict.fromkeys(integers, "i32")
     signature = {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in step_kernel.arg_names}
-    return ASTSource(step_kernel, signature, fixed), fixed
+    return ASTSource(step_kernel, signature, fixed), lambda nvidia: launch_options(fixed, nvidia)
 
 
 def _cuda_resources(kernel) -> dict:
@@ -111,6 +155,7 @@ def _cuda_resources(kernel) -> dict:
         "loads": dict(widths["LDG"]),
         "stores": dict(widths["STG"]),
         "instructions": len(instructions),
+        "per_parameter": loop_instructions(sass) / 8,
         "barriers": sum(op.startswith("BAR") for op in instructions),
     }
 
@@ -143,40 +188,48 @@ def _hip_resources(kernel) -> dict:
     }
 
 
-def _needs(case: Case) -> dict:
-    """Accesses of full tiles: {"loads": {bits: count}, "stores": ...}. A thread has 8 elements of each stream."""
-    from fusedopt.formats import get_format
-    from fusedopt.rule import get_rule
+def _needs(case: Case | Blockwise) -> dict:
+    """Accesses of full tiles: {"loads": {bits: count}, "stores": ...}. A thread has 8 elements of each stream.
 
-    rule = get_rule(case.rule)
+    int4 comes in 4 bytes a thread, 128 to a warp: whole sectors, but half as many bytes in flight as other codes. 8 would
+    need 16 elements a thread and their registers, and its codes are a tenth of what a step moves.
+    """
     if not case.aligned:
         return {"loads": {}, "stores": {}}
+
+    def accesses(sizes) -> Counter:
+        """By bits; sizes: bytes of 8 elements."""
+        return Counter(min(128, 8 * size) for size in sizes for _ in range(max(1, size // 16)))
+
+    if isinstance(case, Blockwise):
+        sides = accesses([8 * case.dtype.itemsize]), accesses([get_format(case.formats).bits])
+        read, written = sides if case.encode else sides[::-1]
+        return {"loads": dict(read), "stores": dict(written)}
     if case.phase == Phase.NORM:  # the loop may stay rolled, with 16 elements a thread
-        streams = [case.grad, case.param] if rule.trust_on else [case.grad]
+        streams = [case.grad, case.param] if get_rule(case.rule).trust_on else [case.grad]
         return {"loads": {128: sum(dtype.itemsize for dtype in streams)}, "stores": {}}
-    names = (case.formats,) * len(rule.states) if isinstance(case.formats, str) else case.formats
-    sizes = [get_format(name).storage.itemsize for name in names]
-    written = Counter(
-        64 if size == 1 else 128 for size in (case.param.itemsize, *sizes) for _ in range(max(1, size // 2))
-    )
-    read = written + Counter({128: max(1, case.grad.itemsize // 2)})
+    precision = get_precision(case.precision)
+    states = [get_format(name).bits for name in case.names]
+    param = [8 * case.param.itemsize]
+    companion = [8 * precision.companion_dtype(case.param).itemsize] if precision.companion else []
+    weights = companion if precision.name == "master" else param + companion
+    read = accesses(weights + states + [8 * case.grad.itemsize])
+    written = accesses(param + companion + states)
     return {"loads": dict(read), "stores": dict(written) if case.phase != Phase.PROBE else {}}
 
 
-def compile_case(case: Case, target: str):
+def compile_case(case: Case | Blockwise, target: str):
     """The compiled kernel of a case; `asm` holds every stage."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fusedopt.kernels.driver import launch_options
-
     hip = target.startswith("gfx")
     machine = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    source, fixed = _source(case)
-    return triton.compile(source, target=machine, options=launch_options(fixed, nvidia=not hip))
+    source, options = _source(case)
+    return triton.compile(source, target=machine, options=options(not hip) | {"enable_fp_fusion": True})
 
 
-def _resources(job: tuple[Case, str]) -> dict:
+def _resources(job: tuple[Case | Blockwise, str]) -> dict:
     case, target = job
     kernel = compile_case(case, target)
     use = _hip_resources(kernel) if target.startswith("gfx") else _cuda_resources(kernel)
@@ -186,7 +239,8 @@ def _resources(job: tuple[Case, str]) -> dict:
 def resources(targets=TARGETS, cases=CASES, workers: int = 2) -> list[dict]:
     """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits:
     count}),
-    instructions, barriers, needs (the accesses its streams come to in full tiles). Must not run under
+    instructions, per_parameter (executed in a full tile; NVIDIA), barriers, needs (the accesses its streams come to in full
+    tiles). Must not run under
     TRITON_INTERPRET=1."""
     jobs = [(case, target) for case in cases for target in targets]
     with ProcessPoolExecutor(workers) as pool:
