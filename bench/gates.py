@@ -216,24 +216,21 @@ def cuda_gates(archs: list[str] | None) -> list[Gate]:
 
 
 def triton_gates(targets: list[str] | None) -> list[Gate]:
-    """A Triton kernel is compiled for its formats and dtypes: 16-byte accesses for every stream, 8 for int8."""
+    """A Triton kernel is compiled for its formats and dtypes: 16-byte accesses for every stream, 8 for 8-bit codes, 4 for
+    int4 (gates_triton._needs says why)."""
     module = importlib.import_module("bench.gates_triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [Gate("triton", "compiled kernels", "-", "-", UNCHECKED, "TRITON_INTERPRET=1 is set: unset it")]
     by_name = {str(case): case for case in module.CASES}
     rows = []
     for row in module.resources(tuple(targets or module.TARGETS)):
-        case = by_name[row["kernel"]]
-        loads = stores = (0, 0)
-        if case.aligned and case.phase == Phase.NORM:
-            loads = (2 if get_rule(case.rule).trust_on == "gradient" else 1, 0)
-        elif case.aligned:
-            states = len(get_rule(case.rule).states)
-            formats = (case.formats,) * states if isinstance(case.formats, str) else case.formats
-            coded = formats.count("int8")
-            loads = (2 + states - coded, coded)
-            stores = (0, 0) if case.phase == Phase.PROBE else (1 + states - coded, coded)
-        rows += resource_gates("triton", row, loads, stores, module.register_ceiling(case, row["target"]))
+        case, needs = by_name[row["kernel"]], row["needs"]
+        wide = [(needs[kind].get(128, 0), needs[kind].get(64, 0)) for kind in ("loads", "stores")]
+        rows += resource_gates("triton", row, *wide, module.register_ceiling(case, row["target"]))
+        budget = module.budget(case, row["target"])
+        if budget is not None:
+            count, what = row["per_parameter"], f"{row['kernel']} {row['target']}: instructions per parameter"
+            rows.append(Gate("triton", what, f"{count:.1f}", f"<= {budget}", OK if count <= budget else FAIL))
     return rows
 
 

@@ -36,10 +36,15 @@ def rows():
 
 
 def test_every_rule_compiles_for_every_target(rows):
-    from bench.gates_triton import CASES, TARGETS
+    from bench.gates_triton import CASES, TARGETS, Case
+    from fusedopt.formats import list_formats
+    from fusedopt.precision import list_precisions
     from fusedopt.rule import list_rules
 
-    assert {case.rule for case in CASES} >= set(list_rules())
+    steps = [case for case in CASES if isinstance(case, Case)]
+    assert {case.rule for case in steps} >= set(list_rules())
+    assert {name for case in steps for name in case.names} == set(list_formats())
+    assert {case.precision for case in steps} == set(list_precisions())
     assert {(row["kernel"], row["target"]) for row in rows} == {(str(c), t) for c in CASES for t in TARGETS}
 
 
@@ -59,9 +64,8 @@ def test_registers_leave_room_for_two_programs(rows):
 
 
 def test_wide_accesses(rows):
-    """On the path of full tiles a thread has 8 elements: one 16-byte access of a 16-bit stream, two of an fp32 stream,
-    and
-    8 bytes of codes."""
+    """On the path of full tiles a thread has 8 elements: one 16-byte access of a 16-bit stream, two of an fp32 stream, 8
+    bytes of 8-bit and 4 bytes of 4-bit codes."""
     narrow = [
         (row["kernel"], row["target"], kind, width, count)
         for row in rows
@@ -72,11 +76,46 @@ def test_wide_accesses(rows):
     assert not narrow
 
 
-def test_codes_need_no_barrier(rows):
-    """A warp owns whole blocks of 256, so absmax, scales and random numbers stay in registers."""
+def test_streams_of_all_widths_meet_in_registers(rows):
+    """A warp owns whole blocks and a thread the same 8 elements of every stream, so scales, random numbers, nibbles and
+    mixtures of fp32 and narrower tensors need neither barriers nor shared memory."""
+    from bench.gates_triton import CASES, Blockwise
+
+    for case in CASES:
+        elementwise = isinstance(case, Blockwise) or (case.aligned and case.phase.name in ("FUSED", "APPLY"))
+        for row in rows:
+            if elementwise and row["kernel"] == str(case):
+                assert (row["barriers"], row["shared"]) == (0, 0), (row["kernel"], row["target"])
+
+
+@pytest.mark.skipif(not NEW, reason="measured with Triton 3.9")
+def test_instructions_per_parameter(rows):
+    from bench.gates_triton import CASES, budget
+
+    limits = {(str(case), target): budget(case, target) for case in CASES for target in ("sm_80", "sm_90")}
+    limits = {key: limit for key, limit in limits.items() if limit is not None}
+    assert len(limits) == 4
     for row in rows:
-        if "int8 p:bf16" in row["kernel"] and "unaligned" not in row["kernel"]:
-            assert row["barriers"] == 0, (row["kernel"], row["target"])
+        limit = limits.get((row["kernel"], row["target"]))
+        assert limit is None or 0.5 * limit < row["per_parameter"] <= limit, (row["kernel"], row["per_parameter"])
+
+
+def test_the_loop_of_a_listing():
+    """The way around a masked access, 5 instructions of 7; the code before and after the loop does not count."""
+    from bench.sass import loop_instructions
+
+    listing = """
+        /*0000*/ MOV R1, c[0x0][0x28] ;
+        /*0010*/ ISETP.GE.AND P0, PT, R3, RZ, PT ;
+        /*0020*/ @P0 BRA 0x50 ;
+        /*0030*/ @P1 LDG.E R4, desc[UR6][R2.64] ;
+        /*0040*/ @P2 LDG.E R5, desc[UR6][R2.64] ;
+        /*0050*/ FADD R4, R4, R5 ;
+        /*0060*/ FMUL R4, R4, R5 ;
+        /*0070*/ @!P3 BRA 0x10 ;
+        /*0080*/ EXIT ;
+    """
+    assert loop_instructions(listing) == 5
 
 
 NUMBERS = """

@@ -42,6 +42,7 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
     norm = phase == Phase.NORM
     codes = [] if norm else [form.code(state.signed) for form, state in zip(formats, rule.states, strict=True)]
     codes += [-1] * (MAX_STATES - len(codes))
+    narrow = any(dtype != torch.float32 for dtype in (param_dtype, grad_dtype, *(form.storage for form in formats)))
     return {
         "DIRECTION": None if norm else rule.direction,
         "TRUST": None if norm else rule.trust_triton,
@@ -51,7 +52,7 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
         "GRAD": element[grad_dtype],
         "PRECISION": _precision(precision, param_dtype, phase),
         "PHASE": int(phase),
-        "ALIGNED": bool(aligned),
+        "ALIGNED": 0 if not aligned else 2 if narrow and not norm else 1,
     }
 
 

@@ -12,7 +12,7 @@ from fusedopt.kernels.access import load_stream, row_pointer
 from fusedopt.kernels.bits import widen
 from fusedopt.kernels.precision import companion_pointer, load_param, store_param
 from fusedopt.kernels.reductions import finish_norm, last_of, launch_total, row_sums
-from fusedopt.kernels.states import INT8, load_state, state_pointer, store_state
+from fusedopt.kernels.states import BF16_STOCHASTIC, INT4, INT8, load_state, state_pointer, store_state
 
 # 2048 elements are one grain of the partial sums, and 8 elements for each of 256 threads: one 16-byte piece of a 16-bit
 # stream, two of an fp32 stream. On NVIDIA a warp then owns one 256-element block, whose absmax needs no shared memory.
@@ -30,17 +30,18 @@ def launch_options(fixed: dict, nvidia: bool) -> dict:
 
     256 threads, so that each holds 8 elements. Limits on registers: left alone, ptxas takes 150 for two int8 states and
     one program fills an NVIDIA SM. 128 let 2 programs share it: the leanest step (AdamW with int8 states, 6 bytes read
-    an element) then has 24 KB in flight. 80 let 3, for steps with one fp32 state or none. Three int8 states and
-    unaligned rows need more. The limits spill nowhere (bench gates).
+    an element) then has 24 KB in flight. 80 let 3, for steps with one simple state or none. Three int8 or int4 states
+    and unaligned rows need more. The limits spill nowhere (bench gates).
     """
     options = {"num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
-    codes = [fixed[f"F{i}"] for i in range(4) if fixed[f"F{i}"] >= 0]
-    int8 = sum(code & 0xFF == INT8.value for code in codes)
     if not nvidia:
         return options
-    if int8 > 2 or not fixed["ALIGNED"]:
+    codes = [fixed[f"F{i}"] & 0xFF for i in range(4) if fixed[f"F{i}"] >= 0]
+    heavy = sum(code in (INT8.value, INT4.value) for code in codes)
+    if heavy > 2 or not fixed["ALIGNED"]:
         return options | {"maxnreg": 192}
-    return options | {"maxnreg": 80 if int8 == 0 and len(codes) <= 1 and fixed["PHASE"] != NORM.value else 128}
+    simple = heavy == 0 and len(codes) <= 1 and BF16_STOCHASTIC.value not in codes and fixed["PHASE"] != NORM.value
+    return options | {"maxnreg": 80 if simple else 128}
 
 
 @triton.jit
