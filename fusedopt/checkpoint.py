@@ -107,8 +107,9 @@ def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
         if not form.block and tensor.shape == mine.shape:
             mine.copy_(tensor)
             return
-        if form.bits < 8 or strides_match(tensor, mine):
-            flat(mine).copy_(tensor.reshape(-1))
+        if form.bits < 8 or strides_match(tensor, mine) or tensor.shape != mine.shape:
+            codes = flat(tensor) if strides_match(tensor, mine) else tensor.reshape(-1)
+            flat(mine).copy_(codes[: mine.numel()])
             out[st.scale_name(state.name, form)].copy_(st.stored_scale(entry, state.name, form))
             return
     if tensor.shape != p.shape and not (found.block and found.bits < 8):
