@@ -7,10 +7,12 @@ time is a chunk, not a state dict.
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import mmap
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,21 +26,28 @@ PIECE = 2**24  # bytes copied at a time
 
 def load(path: str | Path) -> dict:
     """A file of torch.save, mapped (read whole where it is in the old format without a zip archive). ValueError says why not."""
-    for attempt in range(2):
+    mapped = True
+    while True:
         try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            if attempt == 0 and "torchao" in str(error) and _has_torchao():
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        except RuntimeError as error:
+            if not mapped or "mmap" not in str(error):
+                raise ValueError(f"{path} is not a file of torch.save: {_first_line(error)}") from None
+            mapped = False
+        except (pickle.UnpicklingError, EOFError) as error:
+            if "torchao" in str(error) and "torchao.optim" not in sys.modules and _has_torchao():
                 continue
             raise ValueError(
-                f"{path} holds more than tensors, numbers and containers: {str(error).splitlines()[0]} "
-                "Load it yourself, and pass its state dict to fusedopt.checkpoint.convert."
+                f"{path} is not a file of torch.save, or holds more than tensors, numbers and containers: "
+                f"{_first_line(error)} Load it yourself, and pass its state dict to fusedopt.checkpoint.convert."
             ) from None
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise ValueError(f"{path} is not a file of torch.save: {str(error).splitlines()[0]}") from None
-            return torch.load(path, map_location="cpu", weights_only=True)
-    raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+    """The cause: torch's advice around it is for other cases."""
+    text = str(error)
+    cause = text.split("WeightsUnpickler error:")[-1].strip()
+    return cause.split(". ")[0].splitlines()[0] + "." if cause else type(error).__name__
 
 
 def _has_torchao() -> bool:
@@ -174,6 +183,8 @@ def convert_file(
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve() or target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target} is the file to convert. Name another one for the result.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     checkpoint = load(source)
     path = find_key(checkpoint, key)
     state_dict = checkpoint
