@@ -185,7 +185,9 @@ def _bitsandbytes_group(index: int, group: dict) -> dict:
     out = {k: deepcopy(v) for k, v in group.items() if k not in own}
     betas = (group["momentum"], 0.0) if "momentum" in group else tuple(float(b) for b in group["betas"])
     out.update(lr=float(group["lr"]), betas=betas, eps=group.get("eps", 0.0))
-    return {"weight_decay": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None, **out}
+    if "eps" in group:  # of the rules with two moments
+        out = {"alpha": 0.0, "t_alpha": None, "t_beta3": None, **out}
+    return {"weight_decay": 0.0, **out}
 
 
 # torchao
