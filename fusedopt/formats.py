@@ -120,11 +120,10 @@ def _encode_fp8(x: torch.Tensor, signed: bool, block: int):
         codes = _with_sign(y * 448, torch.signbit(blocks)).to(torch.float8_e4m3fn).view(torch.uint8)
         codes = torch.where((codes == 0x80) | (scale[:, None] == 0), torch.zeros_like(codes), codes)  # no -0
     else:
-        z = y.double().clamp(min=2.0**-40) * 1.875  # beside an outlier y underflows
-        mantissa, exponent = torch.frexp(z)  # y in (0, 1]: mantissa in [1/2, 1), exponent <= 1
+        z = y.double().clamp(min=2.0**-40) * 1.875  # beside an outlier y underflows where x is present
+        mantissa, exponent = torch.frexp(z)  # mantissa in [1/2, 1), exponent <= 1
         codes = (8 * (2 * mantissa - 1)).round() + 8 * (exponent + 30)  # a mantissa that rounds up to 2 carries
-        codes = torch.where(y > 0, codes.clamp(1, 255), 1)  # y may underflow where x is present
-        codes = torch.where(_present(blocks, scale), codes, 0)
+        codes = torch.where(_present(blocks, scale), codes.clamp(1, 255), 0)
     return _finish(codes, x.numel()), scale
 
 
