@@ -197,7 +197,7 @@ def _rule_name(functor: str) -> str:
 
 def cuda_gates(archs: list[str] | None) -> list[Gate]:
     """A CUDA kernel serves every format and dtype of its rule: for each stream the 8 values of a lane are two 16-byte
-    accesses in fp32, one in 16 bits, one of 8 bytes in int8."""
+    accesses in fp32, one in 16 bits, one of 8 bytes in codes. Then each mode of AdamW by itself."""
     module = importlib.import_module("bench.gates_cuda")
     why = module.missing()
     if why is not None:
@@ -206,12 +206,31 @@ def cuda_gates(archs: list[str] | None) -> list[Gate]:
     rows = []
     for row in module.resources(chosen):
         functor, _, probe = row["kernel"].partition(" ")
-        loads = stores = (0, 0)
+        loads, stores = {"encode": ((3, 0), (0, 1)), "decode": ((0, 1), (3, 0))}.get(functor, ((0, 0), (0, 0)))
         if _rule_name(functor) in fusedopt.list_rules():
             states = len(get_rule(_rule_name(functor)).states)
             loads = (2 * (2 + states), states)
             stores = (0, 0) if probe else (2 * (1 + states), states)
         rows += resource_gates("cuda", row, loads, stores)
+    return rows + mode_gates(chosen)
+
+
+def mode_gates(archs: tuple[str, ...]) -> list[Gate]:
+    """Formats and precisions of AdamW, each compiled alone: what a lane runs and moves for its 8 elements."""
+    module = importlib.import_module("bench.gates_cuda_modes")
+    rows = []
+    for row in module.compiled(archs):
+        form, precision = row["mode"]
+        what = f"adamw {form} states, bf16 p and g, {precision} {row['arch']}"
+        count, budget = row["instructions"], module.BUDGET
+        good = OK if count <= budget else FAIL
+        rows.append(Gate("cuda", f"{what}: instructions per parameter", f"{count:.1f}", f"<= {budget}", good))
+        for kind, expected in zip(("loads", "stores"), module.expected(row["mode"]), strict=True):
+            good = OK if {b: n for b, n in row[kind].items() if b >= 64} == expected else FAIL
+            rows.append(Gate("cuda", f"{what}: {kind} of a lane", _widths(row[kind]), _widths(expected), good))
+        value = f"{row['spills']}, {row['loops'] - 1}"
+        good = OK if value == "0, 0" else FAIL
+        rows.append(Gate("cuda", f"{what}: local memory, searches (inner loops)", value, "0, 0", good))
     return rows
 
 

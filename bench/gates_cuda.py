@@ -57,31 +57,47 @@ def compile_unit(source: Path, arch: str, gen: Path, output: Path) -> Path:
 
 
 def _name(symbol: str) -> str:
-    """_ZN2fo11step_kernelINS_4AdamELb1EEEv... -> "Adam probe"; other kernels by their own name."""
+    """_ZN2fo11step_kernelINS_4AdamELb1EEEv... -> "Adam probe"; codec_kernel's by what it does, others by their own."""
     if found := re.match(r"_ZN2fo\d+step_kernelINS_\d+(\w+?)ELb([01])E", symbol):
         return found[1] + (" probe" if found[2] == "1" else "")
+    if found := re.match(r"_ZN2fo\d+codec_kernelILb([01])E", symbol):
+        return "encode" if found[1] == "1" else "decode"
     length = re.match(r"_ZN2fo(\d+)", symbol)
     return symbol[length.end() : length.end() + int(length[1])] if length else symbol
 
 
-def read_cubin(path: Path) -> list[dict]:
-    def dump(flag):
-        return subprocess.run([cuobjdump(), flag, str(path)], capture_output=True, text=True, check=True).stdout
+def _dump(path: Path, flag: str) -> str:
+    return subprocess.run([cuobjdump(), flag, str(path)], capture_output=True, text=True, check=True).stdout
 
-    usage = {name: fields for name, fields in re.findall(r"Function (\S+):\s*\n\s*(.*REG.*)", dump("-res-usage"))}
+
+def functions(path: Path) -> dict[str, str]:
+    """The SASS of each function of a cubin by its symbol."""
+    return {body.split()[0]: body for body in _dump(path, "-sass").split("Function : ")[1:]}
+
+
+def access_widths(ops: list[str]) -> dict[str, Counter]:
+    """Bits of a global access: how often, for LDG and STG."""
+    widths = {"LDG": Counter(), "STG": Counter()}
+    for op in ops:
+        name, *flags = op.split(".")
+        if name in widths:
+            widths[name][next((WIDTHS[f] for f in flags if f in WIDTHS), 32)] += 1
+    return widths
+
+
+def read_cubin(path: Path) -> list[dict]:
+    usage = {
+        name: fields for name, fields in re.findall(r"Function (\S+):\s*\n\s*(.*REG.*)", _dump(path, "-res-usage"))
+    }
     rows = []
-    for body in dump("-sass").split("Function : ")[1:]:
-        symbol = body.split()[0]
+    for symbol, body in functions(path).items():
         use = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[symbol])}
         ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body)
-        widths = {"LDG": Counter(), "STG": Counter()}
-        for op in ops:
-            name, *flags = op.split(".")
-            if name in widths:
-                widths[name][next((WIDTHS[f] for f in flags if f in WIDTHS), 32)] += 1
+        widths = access_widths(ops)
         rows.append(
             {
                 "kernel": _name(symbol),
+                "symbol": symbol,
                 "registers": use["REG"],
                 "spills": use["STACK"] + use["LOCAL"] + sum(op.startswith(("LDL", "STL")) for op in ops),
                 "shared": use["SHARED"],
