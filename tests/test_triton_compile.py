@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -76,6 +77,16 @@ def test_wide_accesses(rows):
     assert not narrow
 
 
+def widths(case) -> set[bool]:
+    """Whether streams are fp32, True and False where there are both."""
+    from fusedopt.formats import get_format
+    from fusedopt.precision import get_precision
+
+    companion = get_precision(case.precision).companion_dtype(case.param)
+    streams = {case.param, case.grad, companion, *(get_format(name).storage for name in case.names)}
+    return {dtype == torch.float32 for dtype in streams}
+
+
 def test_streams_of_all_widths_meet_in_registers(rows):
     """A warp owns whole blocks and a thread the same 8 elements of every stream, so scales, random numbers, nibbles and
     mixtures of fp32 and narrower tensors need neither barriers nor shared memory."""
@@ -83,6 +94,8 @@ def test_streams_of_all_widths_meet_in_registers(rows):
 
     for case in CASES:
         elementwise = isinstance(case, Blockwise) or (case.aligned and case.phase.name in ("FUSED", "APPLY"))
+        if not NEW and not isinstance(case, Blockwise) and len(widths(case)) > 1:
+            continue  # Triton 3.6 converts between the layouts of fp32 and narrower streams through shared memory
         for row in rows:
             if elementwise and row["kernel"] == str(case):
                 assert (row["barriers"], row["shared"]) == (0, 0), (row["kernel"], row["target"])
