@@ -110,7 +110,8 @@ def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
         if form.bits < 8 or strides_match(tensor, mine) or tensor.shape != mine.shape:
             codes = flat(tensor) if strides_match(tensor, mine) else tensor.reshape(-1)
             flat(mine).copy_(codes[: mine.numel()])
-            out[st.scale_name(state.name, form)].copy_(st.stored_scale(entry, state.name, form))
+            if form.block:
+                out[st.scale_name(state.name, form)].copy_(st.stored_scale(entry, state.name, form))
             return
     if tensor.shape != p.shape and not (found.block and found.bits < 8):
         tensor = flat_to_shape(tensor, p)

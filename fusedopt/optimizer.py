@@ -126,7 +126,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads a state dict of this class or of its torch.optim counterpart; dtypes are kept, not cast to the parameter's.
+        """Loads a state dict of this class, or of its counterpart in torch.optim, bitsandbytes or torchao; dtypes are kept,
+        not cast to the parameter's.
 
         Storage options (state_format, param_precision, min_quantized_numel) stay as this optimizer was given them; states
         in another format are converted. Raises ValueError where groups, rule or shapes do not fit; nothing is changed then.

@@ -268,6 +268,14 @@ def test_progress_counts_every_element(monkeypatch):
     assert seen[-1] == (10000, 10000) and len(seen) == 10 and seen == sorted(seen)
 
 
+def test_kernels_are_those_of_the_device(monkeypatch):
+    """A backend asked for by name for the steps of a GPU does not get the CPU tensors of a file."""
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "cuda")
+    assert piece._codec(torch.device("cpu")).name in ("cpu", "reference")
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
+    assert piece._codec(torch.device("cpu")).name == "reference"
+
+
 # Files
 
 

@@ -252,9 +252,8 @@ def _zero_codes(codes: torch.Tensor, where: torch.Tensor | None, form: Format, s
 
 
 def _codec(device: torch.device):
-    """The backend whose kernels encode and decode: the one that was asked for, else the best that is there."""
+    """The backend whose kernels encode and decode: the one asked for where it is for this device, else the best that is there."""
+    order = select.automatic_order(device)
     asked = select.requested(None)
-    for name in [asked] if asked else select.automatic_order(device):
-        if select.get_backend(name).reason() is None:
-            return select.get_backend(name)
-    return select.get_backend("reference")
+    usable = [name for name in order if select.get_backend(name).reason() is None]
+    return select.get_backend(asked if asked in usable else usable[0])
