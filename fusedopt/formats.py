@@ -12,7 +12,7 @@ int4   two codes a byte, the even element in the high half (torchao's order). si
 
 Signed serves first moments, unsigned second moments. A second moment that is not zero never decodes to zero, which keeps
 m / sqrt(v) bounded; int4 has no zero at all in a block that holds anything else. A NaN or an infinity takes the code of the
-block's largest value and leaves the scale alone: it spoils its own element only.
+block's largest value and leaves the scale alone: it spoils its own element only. What exceeds 2^126 counts as that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fusedopt.abi import FORMAT_SIGNED
 from fusedopt.precision import round_stochastic
 
 TINY = torch.finfo(torch.float32).tiny  # what is smaller counts as zero: the drivers flush subnormals
+LARGEST = 2.0**126  # what is larger saturates: the inverse of a larger scale would be subnormal
 
 
 @cache
@@ -52,8 +53,9 @@ def _normed(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, tor
     """(x as fp32 blocks, |x| / scale in [0, 1], scale). Non-finite elements have y = 1."""
     blocks = _blocks(x.to(torch.float32), size)
     magnitude = blocks.abs()
+    magnitude = torch.where(magnitude < TINY, torch.zeros_like(magnitude), magnitude)  # NaN stays
     scale = torch.where(torch.isfinite(magnitude), magnitude, torch.zeros_like(magnitude)).amax(1)
-    scale = torch.where(scale < TINY, torch.zeros_like(scale), scale)
+    scale = scale.clamp(max=LARGEST)
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     y = magnitude * inverse[:, None]
     y = torch.where(y < 1, y, torch.ones_like(y))  # NaN too

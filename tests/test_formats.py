@@ -209,7 +209,7 @@ def test_zeros_stay_zero(form, signed):
 
 @each_coded
 @SIGNS
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-35, 1e30, 3e38])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-35, 1e30, 8e37])
 def test_extreme_scales_keep_relative_precision(form, signed, magnitude):
     x = torch.linspace(0.01, 1, 256)
     near = decoded(x, signed, form)
@@ -221,6 +221,16 @@ def test_extreme_scales_keep_relative_precision(form, signed, magnitude):
 def step_at_ties(form):
     """Rounding may fall on the other side of a tie: the largest distance of neighbouring codes."""
     return max(float(values_of(form, signed).diff().max()) for signed in (True, False))
+
+
+@each_coded
+@SIGNS
+def test_what_exceeds_2_126_saturates(form, signed):
+    x = torch.linspace(0.1, 1, 256) * 3e38
+    codes, scale = encoded(x, signed, form)
+    assert (scale[-1] == 2.0**126) and (scale <= 2.0**126).all()
+    got = decoded(x, signed, form)
+    assert torch.equal(got, decoded(x.clamp(max=2.0**126), signed, form)) and got.max() == 2.0**126
 
 
 @each_coded

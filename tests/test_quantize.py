@@ -49,6 +49,23 @@ def test_round_trip(form, signed, dtype, shape):
 
 
 @each_coded
+@SIGNS
+def test_the_whole_range(form, signed):
+    """Blocks from subnormal to the largest numbers, beside NaN and infinity: the reference's codes and scales."""
+    known = get_format(form)
+    base = values(known.block, signed=signed)
+    scales = [1e-42, 2e-38, 1e-30, 1.0, 1e20, 8e37, 1e38, 3e38 / base.abs().max().item()]
+    x = torch.cat([(base.double() * s).float() for s in scales] * 2)
+    x[3 :: known.block // 2], x[7 :: known.block] = float("inf"), float("nan")
+    codes, scale = fusedopt.quantize_blockwise(x, form, signed=signed)
+    want, largest = known.encode(x, signed)
+    assert torch.equal(scale, largest)
+    per_byte = 8 // known.bits
+    different = (codes != want).view(len(scales) * 2, -1).float().mean(1)
+    assert different.max() <= 0.02 * per_byte + 1e-6, f"share of codes that differ by block: {different.tolist()}"
+
+
+@each_coded
 def test_fp64_goes_through_the_reference(form, backend):
     x = values(3, 300, dtype=torch.float64)
     with fusedopt.use_backend("reference"):

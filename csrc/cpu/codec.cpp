@@ -21,7 +21,7 @@ static FO_HD uint32_t largest_magnitude(const float* values, int n) {
   return largest;
 }
 
-// The scale of values that hold a NaN or an infinity, which become +-scale: they take the code of the largest value.
+// The scale of values that hold a NaN, an infinity or more than 2^126, which become +-scale: they take the code of the largest value.
 static __attribute__((noinline)) float scale_finite(float* values, int n) {
   uint32_t largest = 0;
   for (int i = 0; i < n; ++i) {
@@ -30,7 +30,7 @@ static __attribute__((noinline)) float scale_finite(float* values, int n) {
   }
   const float scale = block_scale(largest);
   for (int i = 0; i < n; ++i) {
-    if (magnitude(values[i]) >= kInfinite) values[i] = from_bits(bits(scale) | (bits(values[i]) & 0x80000000u));
+    if (magnitude(values[i]) > bits(scale)) values[i] = from_bits(bits(scale) | (bits(values[i]) & 0x80000000u));
   }
   return scale;
 }
@@ -40,7 +40,7 @@ static void scale_block(float* values, float* scales, float* inverses) {
   constexpr int n = kBlock / Parts;
   for (int part = 0; part < Parts; ++part) {
     const uint32_t largest = largest_magnitude(values + part * n, n);
-    scales[part] = largest < kInfinite ? block_scale(largest) : scale_finite(values + part * n, n);
+    scales[part] = largest <= kLargest ? block_scale(largest) : scale_finite(values + part * n, n);
     inverses[part] = inverse_scale(scales[part]);
   }
 }

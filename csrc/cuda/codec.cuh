@@ -54,10 +54,12 @@ FO_DEV Largest replace_extremes(float (&v)[kOctet], bool halves, bool is_signed)
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) mine = finite_magnitude(v[i]) > mine ? finite_magnitude(v[i]) : mine;
   const Largest largest = reduce_largest(mine, halves);
+  const uint32_t top = bits(block_scale(largest.block));
   const float least = is_signed ? 0.f : from_bits(largest.block) * 9.094947e-13f;  // 2^-40
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
-    if (magnitude(v[i]) >= kInfinite) v[i] = from_bits(largest.block | (bits(v[i]) & 0x80000000u));
+    if (magnitude(v[i]) > top && largest.block >= kSmallest) v[i] = from_bits(top | (bits(v[i]) & 0x80000000u));
+    else if (magnitude(v[i]) >= kInfinite) v[i] = 0.f;
     else if (is_present(v[i]) && fabsf(v[i]) < least) v[i] = least;
   }
   return largest;

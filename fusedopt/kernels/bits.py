@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 SMALLEST = tl.constexpr(2.0**-126)  # what is smaller counts as zero
+LARGEST = tl.constexpr(2.0**126)  # what is larger counts as this much: the inverse of a larger scale would be subnormal
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.kernels.access import load_stream, row_pointer, spread, store_stream
-from fusedopt.kernels.bits import SMALLEST, to_bf16, widen
+from fusedopt.kernels.bits import LARGEST, SMALLEST, to_bf16, widen
 from fusedopt.kernels.formats import fp8, int4, int8, int8c
 from fusedopt.kernels.formats.fp8 import fp8_decode, fp8_encode
 from fusedopt.kernels.formats.int4 import int4_decode, int4_encode, pack, unpack
@@ -80,14 +80,14 @@ def encode(x, scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def block_scales(x, LANES: tl.constexpr):
-    """fp32 (rows * 32,): for every 8 elements of x the largest finite magnitude of their block of LANES * 8 elements.
+    """fp32 (rows * 32,): for every 8 elements of x the scale of their block of LANES * 8 elements.
 
     |x| + 0 x is NaN for what is not finite, and a maximum of floats leaves NaN out. From 8 elements to the block in
     integers: NVIDIA reduces 32 integers in one instruction.
     """
     ROWS: tl.constexpr = x.shape[0]
     eight = tl.max(tl.reshape(tl.abs(x) + x * 0.0, (ROWS, 32, 8)), axis=2)
-    eight = tl.where(eight >= SMALLEST, eight, 0.0).to(tl.int32, bitcast=True)
+    eight = tl.where(eight >= SMALLEST, tl.minimum(eight, LARGEST), 0.0).to(tl.int32, bitcast=True)
     eight = tl.reshape(eight, (ROWS * 32 // LANES, LANES))
     block = tl.max(eight, axis=1, keep_dims=True)
     block = tl.broadcast_to(block, (ROWS * 32 // LANES, LANES))
