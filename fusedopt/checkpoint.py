@@ -101,6 +101,12 @@ def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
     A flat state (a converted int4 state that has lost its shape) lies in p's memory order.
     """
     tensor, found = entry[state.name], st.stored_format(entry, state.name, form)
+    if found.block and found.bits < 8 and tensor.dim() > 1 and not p.is_contiguous():
+        # Packed in a shape: it was a contiguous parameter's, and this one lies in memory in another order.
+        scale = st.stored_scale(entry, state.name, found)
+        values = found.decode(tensor.reshape(-1), scale, state.signed, torch.float32, p.numel())
+        st.store(p, out, state, form, values.view(p.shape).to(p.device))
+        return
     if found is form and tensor.dtype == st.storage_dtype(form, p):
         st.allocate(p, out, state, form)
         mine = out[state.name]

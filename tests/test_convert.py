@@ -158,6 +158,19 @@ def test_memory_layout_is_kept(turn, source, target):
         assert ((got - want).abs() <= relative * want.abs() + absolute * want.abs().max() + 1e-12).all()
 
 
+@pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
+def test_packed_states_of_a_contiguous_parameter_load_for_a_transposed_one(form):
+    values = torch.randn(64, 90)
+    p, q = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.t().contiguous().t())
+    opt = fusedopt.Lion([p], state_format="int4", **REFERENCE)
+    train(opt, [p], 0, 2)
+    other = fusedopt.Lion([q], state_format=form, **REFERENCE)
+    other.load_state_dict(opt.state_dict())
+    want, got = states.decode(p, opt.state[p], State("exp_avg")), states.decode(q, other.state[q], State("exp_avg"))
+    bound = get_format(form).error_bound(True)[1] * want.abs().max()
+    assert (got - want).abs().max() <= bound
+
+
 # Other optimizers' state dicts
 
 
