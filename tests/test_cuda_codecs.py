@@ -34,7 +34,7 @@ def wide(numel: int, signed: bool, dtype=F32) -> torch.Tensor:
         x[256:512] = 0.0
         x[512:768] *= 1e-30
         x[1024:1280] *= 1e30
-        x[1300] = 1e34
+        x[1300] = 3e38
         x[1536:1792] = 0.0
         nan = torch.tensor([float("nan"), -float("nan")])
         for first in (300, 700, 800, 1600):  # in a block of zeros, a tiny one, an ordinary one, again among zeros
@@ -74,6 +74,10 @@ def test_special_values(cuda, form, signed):
     codes, _ = quantized(cuda, x, form, signed)
     got, want = (code_numbers(form, signed, c)[:9001] for c in (codes, want))
     special = ~x.isfinite() | (x == 0)
+    if not signed and form.bits == 8:
+        # Whatever is not zero has a code that is not, even where it underflows beside 3e38; int8 may keep subnormals.
+        normal = ~(x.abs() < torch.finfo(F32).tiny) | (x == 0)
+        assert torch.equal((got > 0)[normal], (want > 0)[normal])
     for first in range(0, 9001, form.block):
         part = x[first : first + form.block].abs()
         special[first + int(torch.where(part.isfinite(), part, -torch.ones_like(part)).argmax())] = True
