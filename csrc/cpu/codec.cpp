@@ -28,7 +28,7 @@ static __attribute__((noinline)) float scale_finite(float* values, int n) {
     const uint32_t m = finite_magnitude(values[i]);
     largest = m > largest ? m : largest;
   }
-  const float scale = block_scale(largest);
+  const float scale = block_scale(saturated(largest));
   for (int i = 0; i < n; ++i) {
     if (magnitude(values[i]) > bits(scale)) values[i] = from_bits(bits(scale) | (bits(values[i]) & 0x80000000u));
   }

@@ -47,19 +47,18 @@ FO_DEV Largest reduce_largest(uint32_t mine, bool halves) {
 // What needs a second look: NaN and infinity, and scales by which a second moment that is not zero may underflow.
 constexpr uint32_t kExtreme = 0x4B000000u;  // 2^23: 2^-126 / 2^23 is the least subnormal
 
-// The blocks' finite maxima; in place of a NaN or an infinity the maximum with its sign, and for second moments what has the lowest code
-// that is not zero in place of what is too small.
+// The blocks' finite maxima, saturated. In place of what is larger, NaN or infinity, the maximum with its sign; for second moments
+// what has the lowest code that is not zero in place of what is too small.
 FO_DEV Largest replace_extremes(float (&v)[kOctet], bool halves, bool is_signed) {
   uint32_t mine = 0;
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) mine = finite_magnitude(v[i]) > mine ? finite_magnitude(v[i]) : mine;
-  const Largest largest = reduce_largest(mine, halves);
-  const uint32_t top = bits(block_scale(largest.block));
+  Largest largest = reduce_largest(mine, halves);
+  largest.block = saturated(largest.block);
   const float least = is_signed ? 0.f : from_bits(largest.block) * 9.094947e-13f;  // 2^-40
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
-    if (magnitude(v[i]) > top && largest.block >= kSmallest) v[i] = from_bits(top | (bits(v[i]) & 0x80000000u));
-    else if (magnitude(v[i]) >= kInfinite) v[i] = 0.f;
+    if (magnitude(v[i]) > largest.block) v[i] = from_bits(largest.block | (bits(v[i]) & 0x80000000u));
     else if (is_present(v[i]) && fabsf(v[i]) < least) v[i] = least;
   }
   return largest;
