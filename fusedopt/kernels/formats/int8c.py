@@ -19,7 +19,7 @@ def int8c_decode(code, scale, SIGNED: tl.constexpr):
     if SIGNED:
         q = code.to(tl.int8, bitcast=True).to(tl.float32)
         root = tl.rsqrt(254.0 - tl.abs(q))
-        return q * scale * (root * root)
+        return q * (root * root) * scale  # q * scale could overflow
     else:
         w = code.to(tl.float32) * (1.0 / 255)
         return w * w * scale
