@@ -1,6 +1,8 @@
-"""A mixed model (fp32 norms, bf16 matrices, an embedding with fp32 states, a transposed view) steps right on every backend."""
+"""A mixed model (fp32 norms, bf16 matrices, fp32 states of an embedding, a transposed view) on every backend; exact resuming."""
 
 from __future__ import annotations
+
+import io
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from simt import build as simt
 import fusedopt
 from fusedopt.backends import select
 from fusedopt.backends.cuda import CudaBackend
+from fusedopt.formats import list_formats
+from fusedopt.precision import list_precisions
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPTIMIZERS = ("adamw8bit", "lion8bit", "lamb8bit")
@@ -37,23 +41,59 @@ def dense(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
 def run(name: str, backend: str, steps: int, plain: bool = False) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
     params = dense(parameters()) if plain else parameters()
     opt = fusedopt.create(name, params, lr=1e-2, backend=backend, clip_grad_norm=1.0)
-    gen = torch.Generator().manual_seed(4)
-    for _ in range(steps):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
-        opt.step()
+    train(opt, params, 0, steps)
     return [p.detach() for p in params], opt
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_mixed_model(name, backend, monkeypatch):
-    if backend == "cuda":
+def train(opt, params: list[torch.nn.Parameter], first: int, last: int) -> None:
+    for step in range(first, last):
+        gen = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
+        opt.step()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch) -> str:
+    """The name of a backend; "cuda" is the CUDA sources run by the shim."""
+    if request.param == "cuda":
         shim = CudaBackend(simt.library(), on_cpu=True)
         original = select.get_backend
         monkeypatch.setattr(select, "get_backend", lambda asked: shim if asked == "cuda" else original(asked))
-    elif why := select.get_backend(backend).reason():
+    elif why := select.get_backend(request.param).reason():
         pytest.skip(why)
+    return request.param
+
+
+@pytest.mark.parametrize("form", list_formats())
+@pytest.mark.parametrize("precision", list_precisions())
+def test_resume_is_bit_exact(form, precision, backend):
+    """2 steps, a saved and loaded state dict, 2 more: the bits of an uninterrupted run, on every backend."""
+
+    def build(params):
+        options = {"state_format": form, "param_precision": precision, "backend": backend, "min_quantized_numel": 0}
+        return fusedopt.AdamW(params, lr=1e-2, **options)
+
+    values = torch.randn(300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    straight, first = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.clone())
+    one, two = build([straight]), build([first])
+    train(one, [straight], 0, 4)
+    train(two, [first], 0, 2)
+    file = io.BytesIO()
+    torch.save({"p": first.detach(), "opt": two.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = torch.nn.Parameter(saved["p"])
+    three = build([resumed])
+    three.load_state_dict(saved["opt"])
+    train(three, [resumed], 2, 4)
+    assert torch.equal(resumed.view(torch.int16), straight.view(torch.int16))
+    for key, value in one.state[straight].items():
+        assert torch.equal(three.state[resumed][key].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_mixed_model(name, backend):
     # From zero states the first update does not depend on how states are stored, so contiguous copies are an oracle that
     # shares neither strides nor blocks with what is tested.
     want, _ = run(name, "reference", 1, plain=True)

@@ -163,7 +163,8 @@ def test_unknown_form():
 
 @each_backend
 @each_config(WITH_STATES)
-@pytest.mark.parametrize("source, target", [("fp32", "int8"), ("int8", "fp32"), ("bf16", "int8"), ("fp32", "bf16")])
+@pytest.mark.parametrize("source, target", [("fp32", "int8"), ("int8", "fp32"), ("bf16", "int8"),
+    ("fp32", "bf16"), ("int8", "int8c"), ("int8c", "fp8"), ("fp8", "int4"), ("int4", "int8")])  # fmt: skip
 def test_conversion_on_load(config, source, target, backend):
     params = parameters((40, 130), (7,))
     opt = config.make(params, backend=backend, state_format=source)
