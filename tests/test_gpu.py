@@ -5,14 +5,17 @@ The same tests run on the CPU with its backends, so that what is skipped without
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import _close
+from harness import _close, _close_weights, code_numbers
 
 import fusedopt
+from fusedopt import masters, states
 from fusedopt.backends import cpu
 from fusedopt.backends.select import get_backend
+from fusedopt.precision import get_precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import gates, gpu_checks  # noqa: E402
@@ -28,12 +31,12 @@ RULES = {
     "lamb": {"weight_decay": 0.1, "clip_grad_norm": None},
 }
 STORAGE = (
-    (torch.float32, "fp32", "nearest"),
-    (torch.float32, "int8", "nearest"),
+    *((torch.float32, form, "nearest") for form in fusedopt.list_formats()),
+    *((torch.bfloat16, "int8", precision) for precision in fusedopt.list_precisions()),
     (torch.bfloat16, "fp32", "nearest"),
-    (torch.bfloat16, "int8", "stochastic"),
     (torch.bfloat16, "bf16", "nearest"),
     (torch.float16, "fp32", "stochastic"),
+    (torch.float16, "int4", "kahan"),
 )
 HERE = [
     pytest.param("cuda", "cuda", marks=pytest.mark.gpu, id="cuda"),
@@ -84,6 +87,10 @@ def assert_same(got, want) -> None:
             assert torch.equal(got.state[a][name].cpu(), value.cpu()), f"{tuple(a.shape)}: {name} differs"
 
 
+def _flat(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.cpu().view(-1)
+
+
 def assert_near(got, want) -> None:
     """Bounds of the harness: 4 ulp in fp32, a neighbour in 16 bits, a neighbouring code in 1 % of the elements."""
     pairs = list(zip(parameters(got), parameters(want), strict=True))
@@ -95,11 +102,21 @@ def assert_near(got, want) -> None:
     for a, b in pairs:
         if not b.numel():
             continue
-        _close(a.detach().cpu().view(-1), b.detach().cpu().view(-1), 2e-5 * LR, "param")
+        precision = masters.stored_precision(b, want.state[b])
+        kept = [
+            SimpleNamespace(param=p.detach().cpu().view(-1), companion=_flat(o.state[p].get(precision.companion)))
+            for p, o in ((a, got), (b, want))
+        ]
+        _close_weights(precision, *kept, 2e-5 * LR)
+        signed = {s.name: s.signed for s in want.rule_for(want.param_groups[0]).states}
         for name, value in want.state[b].items():
             mine, value = got.state[a][name].cpu().view(-1), value.cpu().view(-1)
+            if name == precision.companion:
+                continue
             if value.dtype == torch.uint8:
-                off = (mine.int() - value.int()).abs()
+                form = states.stored_format(want.state[b], name)
+                off = code_numbers(form, signed[name], mine) - code_numbers(form, signed[name], value)
+                off = off.abs()
                 assert off.max() <= 1 and (off > 0).sum() <= max(1, 0.01 * off.numel()), name
             else:
                 squares = name.endswith("_sq")
@@ -204,9 +221,12 @@ def test_graph_replay_equals_eager(rule, device, backend):
 
 @on_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_has_the_same_bits_everywhere(dtype, device, backend):
+@pytest.mark.parametrize("precision", fusedopt.list_precisions())
+def test_rounding_has_the_same_bits_everywhere(precision, dtype, device, backend):
     """SGD with a power of two as learning rate is the same in fp32 with and without fused multiply-add."""
-    options = {"lr": 2.0**-9, "param_precision": "stochastic", "seed": 0x1234567890ABCDEF}
+    if dtype not in get_precision(precision).dtypes:
+        pytest.skip(f"{precision} does not keep {dtype}")
+    options = {"lr": 2.0**-9, "param_precision": precision, "seed": 0x1234567890ABCDEF}
     got, want = (build(d, b, "sgd", dtype, **options) for d, b in ((device, backend), ("cpu", "reference")))
     for opt in (got, want):
         opt.param_groups[1]["lr"] = 2.0**-7
