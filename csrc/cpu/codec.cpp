@@ -14,7 +14,6 @@ namespace fo {
 
 static FO_HD uint32_t largest_magnitude(const float* values, int n) {
   uint32_t largest = 0;
-#pragma GCC unroll 4
   for (int i = 0; i < n; ++i) {
     const uint32_t m = magnitude(values[i]);
     largest = m > largest ? m : largest;
