@@ -110,6 +110,19 @@ def distances(results: dict) -> dict[str, dict[int, float]]:
     return out
 
 
+def by_kind(rows: list[dict]) -> list[dict]:
+    """Mean errors, and the largest update, over the tensors of each kind of layer."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in rows:
+        if not any(math.isnan(r[k]) for k in ("first", "second", "update")):  # a state that is all zeros
+            groups.setdefault((r["format"], r["step"], r["kind"]), []).append(r)
+    return [
+        {"format": form, "step": step, "kind": kind, "largest": max(r["largest"] for r in mine)}
+        | {k: statistics.fmean(r[k] for r in mine) for k in ("first", "second", "update")}
+        for (form, step, kind), mine in groups.items()
+    ]
+
+
 def summary(results: dict, args: argparse.Namespace, left_out: dict[str, str]) -> dict:
     groups: dict[str, Config] = {c.name: c for c in (*FORMATS, *PRECISIONS, *RIVALS)}
     losses = {}
@@ -122,7 +135,7 @@ def summary(results: dict, args: argparse.Namespace, left_out: dict[str, str]) -
     return {
         "kind": "accuracy", "machine": stamp(torch.device("cpu")), "seeds": args.seeds, "quick": args.quick,
         "aliases": {name: ALIASES[name] for name in ("8bit", "4bit")}, "left_out": left_out,
-        "moments": results[("moments",)], "spread": results[("spread",)],
+        "moments": by_kind(results[("moments",)]), "spread": results[("spread",)],
         "drift": distances(results), "drift_held_out": long, "losses": losses,
     }  # fmt: skip
 
@@ -134,11 +147,9 @@ def _moment_table(document: dict) -> str:
         mine = [r for r in document["moments"] if r["format"] == form]
         cells = []
         for kind in kinds:
-            values = [r["update"] for r in mine if r["kind"] == kind and not math.isnan(r["update"])]
+            values = [r["update"] for r in mine if r["kind"] == kind]
             cells.append(f"{100 * statistics.fmean(values):.2f}" if values else "-")
-        first, second = (
-            100 * statistics.fmean(r[k] for r in mine if not math.isnan(r[k])) for k in ("first", "second")
-        )
+        first, second = (100 * statistics.fmean(r[k] for r in mine) for k in ("first", "second"))
         rows.append([form, f"{first:.2f}", f"{second:.2f}", *cells, f"{max(r['largest'] for r in mine):.2f}"])
     return render(["format", "m", "sqrt v", *kinds, "max |u|"], rows)
 
@@ -170,7 +181,8 @@ def report(document: dict) -> str:
     if document["drift"]:
         looks = sorted({k for d in document["drift"].values() for k in d})
         rows = [[n, *(f"{100 * d[k]:.2f}" for k in looks)] for n, d in document["drift"].items()]
-        parts += ["\nDistance from the weights of the fp32 run, % of the way they have gone, by step\n"]
+        parts += ["\nDistance from the weights of the fp32 run, % of the way they have gone, by step"]
+        parts += ["(bf16 weights begin half a unit in the last place away, which is far at first)\n"]
         parts += [render(["AdamW", *map(str, looks)], rows)]
     for part, text in (("demo", "the demo's model, 240 steps"), ("small", "a model of 0.27 M parameters, 500 steps")):
         parts += [f"\nHeld-out loss, {text}, {document['seeds']} seeds, paired with fp32 of the same seed\n"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 
 OURS, RIVAL, STATES = "#1b6ca8", "#d9a441", ("first", "second", "update")
@@ -30,14 +29,12 @@ def draw(document: dict):
 def _moments(axes, rows: list[dict]) -> None:
     forms = list(dict.fromkeys(r["format"] for r in rows))
     for i, key in enumerate(STATES):
-        means = [
-            100 * statistics.fmean(r[key] for r in rows if r["format"] == f and not math.isnan(r[key])) for f in forms
-        ]
+        means = [100 * statistics.fmean(r[key] for r in rows if r["format"] == f) for f in forms]
         axes.barh([p + 0.26 * (i - 1) for p in range(len(forms))], means, 0.26, color=SHADES[key], label=LABELS[key])
     axes.set_yticks(range(len(forms)), forms, fontsize=8)
     axes.set_xscale("log")
     axes.invert_yaxis()
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper right")
     axes.set_title("error on the moments of a training run, % rms", fontsize=9, loc="left")
 
 
@@ -49,20 +46,20 @@ def _spread(axes, errors: dict) -> None:
             [float(s) for s in spreads], [100 * points[s] for s in spreads], style, color=f"C{i % 10}", label=name
         )
     axes.set_yscale("log")
-    axes.legend(fontsize=6.5, ncols=2)
+    axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title("error of the update, % rms, by the spread of neighbours' gradient scales", fontsize=9, loc="left")
 
 
 def _drift(axes, drift: dict) -> None:
     styles = ["-", "--", ":", "-."]
     for i, (name, points) in enumerate(drift.items()):
-        steps = sorted(map(int, points))
+        steps = sorted(k for k in map(int, points) if k > 1)  # the first step is the same, whatever the states will be
         values = [100 * points[k] if k in points else 100 * points[str(k)] for k in steps]
         axes.plot(steps, values, styles[i // 10 % 4], color=f"C{i % 10}", label=name, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     if drift:
-        axes.legend(fontsize=6.5, ncols=2)
+        axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title("distance from the weights of the fp32 run, % of the way gone, by step", fontsize=9, loc="left")
 
 
