@@ -74,6 +74,7 @@ def stamp(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa_asked": os.environ.get("FUSEDOPT_CPU_ISA"),
         "last_level_cache_bytes": last_level_cache(device),
         "versions": versions(),
         "commit": git("rev-parse", "HEAD"),
