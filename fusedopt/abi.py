@@ -36,7 +36,6 @@ class Column(IntEnum):
 
 
 MAX_STATES = 4
-BLOCK = 256
 GRAIN_SIZE = 2048
 SCALAR_STRIDE = 32
 SCALAR_HEAD = 8

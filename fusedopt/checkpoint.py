@@ -136,7 +136,10 @@ def flat_to_shape(tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 def _take_companion(what: str, p: torch.Tensor, group: dict, entry: dict, out: dict) -> None:
     """The companion of p's precision, from the loaded one; p itself stays as it is."""
-    precision = configured_precision(p, group)
+    try:
+        precision = configured_precision(p, group)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
     loaded = {name: entry[name] for name in COMPANIONS if name in entry}
     for name, tensor in loaded.items():
         if tensor.shape != p.shape:

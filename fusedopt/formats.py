@@ -31,17 +31,20 @@ LARGEST = 2.0**126  # what is larger saturates: the inverse of a larger scale wo
 
 
 @cache
-def dynamic_map(signed: bool, bits: int = 8) -> torch.Tensor:
-    """The values of the dynamic map, sorted, float64. Signed 8-bit: 0 at index 127, no -1. Unsigned: 0 at index 0."""
+def dynamic_map(signed: bool, bits: int = 8, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The values of the dynamic map, sorted. Signed 8-bit: 0 at index 127, no -1. Unsigned: 0 at index 0.
+
+    dtype: of the arithmetic too; with float32 the values round as those of bitsandbytes do, some an ulp off.
+    """
     values = [0.0, 1.0]
     for decade in range(bits - 1):
         count = 2**decade if signed else 2 ** (decade + 1)
-        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, count + 1, dtype=dtype)
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - bits + 2)).tolist()
         values += middles
         if signed:
             values += [-x for x in middles]
-    return torch.tensor(sorted(values), dtype=torch.float64)
+    return torch.tensor(sorted(values), dtype=dtype)
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:

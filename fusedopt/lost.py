@@ -45,8 +45,8 @@ class LostUpdates:
         stopped = not isinstance(lr, torch.Tensor) and lr == 0
         return plain and not stopped and p.numel() > 0 and is_dense(p) and not slot.copy_grad
 
-    def after(self) -> None:
-        """Called after each step: counts what stayed although it had a gradient."""
+    def after(self, found_inf: torch.Tensor | None) -> None:
+        """Called after each step: counts what stayed although it had a gradient and was not skipped by found_inf."""
         if not self._sample:
             return
         device = self._sample[0][0].device
@@ -55,6 +55,8 @@ class LostUpdates:
             moved = grad != 0
             stayed = (now == then) & moved
             counts += torch.stack([stayed.sum(), moved.sum()]).to(device)
+        if found_inf is not None:
+            counts *= found_inf.to(device).view(()) == 0
         self._sample = []
         event = None
         if device.type == "cuda":

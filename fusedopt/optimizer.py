@@ -225,7 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 lost = self._lost_updates = LostUpdates(type(self).__name__)
             lost.before(plan.slots, self.param_groups)
             plan.run([g for g in grads if g is not None], scale, found)
-            lost.after()
+            lost.after(found)
         return loss
 
     def _accelerator_check(self) -> None:

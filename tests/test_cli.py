@@ -230,6 +230,18 @@ def test_parity_reaches_every_rule():
     assert {case.rule for case in parity.cases()} == set(fusedopt.list_rules())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "estimate --params 1e6 --param-dtype fp16 --param-precision split24",
+        "demo --dtype fp16 --param-precision split32",
+    ],
+)
+def test_a_precision_that_cannot_keep_the_dtype(command, capsys):
+    assert main(command.split()) == 2
+    assert "keeps bfloat16 parameters, not torch.float16" in capsys.readouterr().err
+
+
 def test_healthy(only, capsys):
     only()
     assert main(["doctor", "--no-timing"]) == 0

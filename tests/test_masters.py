@@ -258,6 +258,11 @@ def test_fp16_parameters_are_not_split(precision):
         opt.step()
     assert_same_bits([p.detach() for p in params], before)
     assert not opt.state
+    saved = fusedopt.SGD(parameters((3, 4), (5,), dtype=torch.float16), lr=0.1)
+    set_grads(saved.param_groups[0]["params"], 0)
+    saved.step()
+    with pytest.raises(ValueError, match=rf"parameter 0 .*'{precision}' keeps bfloat16"):
+        opt.load_state_dict(saved.state_dict())
 
 
 @each_backend
@@ -327,6 +332,17 @@ def test_no_warning_without_cause(changes):
     params = parameters((64, 64), dtype=torch.bfloat16)
     opt = BY_NAME["adamw"].make(params, backend="reference", **{"lr": 1e-5, "weight_decay": 0.0, **changes})
     assert not warned(opt, params)
+
+
+def test_steps_that_found_inf_skips_lose_nothing():
+    """Weights that a skipped step leaves alone are not reported."""
+    params = parameters((64, 64), dtype=torch.bfloat16)
+    opt = BY_NAME["adamw"].make(params, backend="reference", lr=0.05, amp_fused=True)
+    opt.grad_scale, opt.found_inf = torch.ones(()), torch.ones(())
+    assert not warned(opt, params)
+    opt._lost_updates.calls, opt.found_inf = 98, torch.zeros(())
+    opt.param_groups[0]["lr"] = 1e-6
+    assert warned(opt, params), "a step that is taken is looked at"
 
 
 def test_no_warning_for_fp32():

@@ -20,7 +20,7 @@ from fusedopt.cli import DTYPES, UsageError, dtype_name, split_names, write_json
 from fusedopt.cli.corpus import load
 from fusedopt.cli.table import render
 from fusedopt.cli.training import TORCH, Run, Setup, train
-from fusedopt.precision import list_precisions
+from fusedopt.precision import get_precision, list_precisions
 
 DEFAULT_OPTIMIZERS = ["adamw", "adamw8bit", "lion8bit"]
 INSTALL = "pip install 'fusedopt[demo]'"
@@ -86,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--out {args.out}: there is no folder {folder}")
     dtype = DTYPES[args.dtype]
     precision = args.param_precision or ("nearest" if dtype == torch.float32 else "stochastic")
+    try:
+        get_precision(precision).for_dtype(dtype)
+    except ValueError as error:
+        raise UsageError(f"--param-precision {precision} --dtype {args.dtype}: {error}") from None
     shape = {key: getattr(args, key) for key in ("steps", "batch", "context", "width", "layers", "heads", "seed")}
     setup = Setup(load(args.text, args.context), device, dtype=dtype, param_precision=precision, **shape)
     quiet = args.json == "-"

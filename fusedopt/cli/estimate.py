@@ -24,6 +24,7 @@ from fusedopt.cli import DTYPES, UsageError, dtype_name, split_names, write_json
 from fusedopt.cli.hf_config import read_config
 from fusedopt.cli.table import render
 from fusedopt.factory import parse_name
+from fusedopt.masters import configured_precision
 from fusedopt.precision import list_precisions
 from fusedopt.states import option_overrides, scale_names
 
@@ -121,6 +122,8 @@ def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: 
     base, _ = parse_name(name)
     try:
         opt = fusedopt.create(name, model.trained, param_precision=precision, **OPTIONS.get(base, {}), **options)
+        for p in model.trained:
+            configured_precision(p, opt.param_groups[0])
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name}: {error}") from None
     states = extra = 0

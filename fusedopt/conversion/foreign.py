@@ -143,16 +143,6 @@ def _absmax(what: str, entry: dict, number: int, codes: torch.Tensor, signed: bo
     )
 
 
-def _qmap(signed: bool) -> torch.Tensor:
-    """The dynamic map with bitsandbytes' rounding: some of its values are an ulp off."""
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float32)
-        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += middles + ([-x for x in middles] if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
-
-
 def to_bitsandbytes(native: dict) -> dict:
     """The same tensors under bitsandbytes' names. native: int8 and fp32 states of contiguous parameters."""
     groups = [_bitsandbytes_group(i, group) for i, group in enumerate(native["param_groups"])]
@@ -165,7 +155,7 @@ def to_bitsandbytes(native: dict) -> dict:
             mine[f"state{number}"] = entry[name]
             if entry[name].dtype == torch.uint8:
                 signed, device = number == 1, entry[name].device
-                qmap = maps.setdefault((signed, device), _qmap(signed).to(device))
+                qmap = maps.setdefault((signed, device), dynamic_map(signed, dtype=torch.float32).to(device))
                 mine[f"qmap{number}"], mine[f"absmax{number}"] = qmap, entry[st.scale_name(name, INT8)]
         state[key] = mine
     return {"state": state, "param_groups": groups}
