@@ -24,6 +24,7 @@ enum Phase : int32_t {
   kProbe = 1,  // the same arithmetic with stores disabled: accumulates |p|^2 and |u|^2 of each tensor
   kApply = 2,  // kFused with the update scaled by rule.trust() of the probe's sums
   kNorm = 3,   // |p|^2 and |g|^2 of each tensor and the global gradient norm; reads only
+  kDirection = 4,  // the update u is stored in place of the parameter, which is not read and counts as 0: no lr, no decay (projections)
 };
 enum class Trust : int32_t { none, gradient, update };  // what rule.trust() scales: (g + l2 p), or the update u
 

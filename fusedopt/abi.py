@@ -13,12 +13,14 @@ FORMAT_SIGNED = 0x100
 
 class Phase(IntEnum):
     """FUSED: the whole step. PROBE: the step with stores disabled, summing |p|^2 and |u|^2 per tensor. APPLY: FUSED with
-    the update scaled by the trust ratio of those sums. NORM: |p|^2, |g|^2 per tensor and the global gradient norm."""
+    the update scaled by the trust ratio of those sums. NORM: |p|^2, |g|^2 per tensor and the global gradient norm.
+    DIRECTION: the update u is stored in place of the parameter, which is not read (it counts as 0): no lr, no decay."""
 
     FUSED = 0
     PROBE = 1
     APPLY = 2
     NORM = 3
+    DIRECTION = 4
 
 
 class Column(IntEnum):

@@ -126,6 +126,55 @@ class Work:
         return out
 
 
+class Int4Matrix(NamedTuple):
+    """A projector in packed int4 (Q-GaLore): groups of `group` consecutive elements, row-major, value = scale * (code - zero).
+
+    codes: uint8 [ceil(rows * cols / 2)], even element in the high half. scale: fp32 [groups]. zero: uint8 [groups].
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    shape: tuple[int, int]
+    group: int = 256
+
+
+@dataclass(slots=True, eq=False)
+class MatrixWork:
+    """The update of one matrix: p <- p - (lr * u + decay * p), rounded as `precision` says, with u never stored.
+
+    param [rows, cols], its companion and `grad` are views in memory order with unit column stride and no gaps. u is either
+    the low-rank product, u = scale * (left @ right), with left [rows, r] and right [r, cols] contiguous and of one dtype
+    (fp32, bf16, fp16; a projector may be an Int4Matrix), or the scaled gradient (left is None),
+    u = scale * row_factor[:, None] * col_factor[None, :] * grad (fp32 factors [rows], [cols], or None for 1).
+    residual (FRUGAL), added to the product, with e = grad - grad_left @ grad_right:
+        "sign": residual_scale * grad_sign * sign(e); "gradient": residual_scale * mul * e, where mul = grad_sign / grad_scale * clip.
+    scalars: fp32 [SCALAR_STRIDE], a scalar row on the device (head only: lr, decay, grad_sign, seed, step); numbers: the same
+    in double precision. Random bits are those of element i in memory order, stream 0, as in a step. found_inf: fp32 [1];
+    non-zero: nothing is written. grad_scale, clip: fp32 [1] or None.
+    """
+
+    param: torch.Tensor
+    companion: torch.Tensor | None
+    precision: ParamPrecision
+    left: torch.Tensor | Int4Matrix | None
+    right: torch.Tensor | Int4Matrix | None
+    scalars: torch.Tensor
+    numbers: RowNumbers
+    tensor_id: int
+    scale: float = 1.0
+    grad: torch.Tensor | None = None
+    row_factor: torch.Tensor | None = None
+    col_factor: torch.Tensor | None = None
+    residual: str | None = None
+    residual_scale: float = 1.0
+    grad_left: torch.Tensor | Int4Matrix | None = None
+    grad_right: torch.Tensor | Int4Matrix | None = None
+    grad_scale: torch.Tensor | None = None
+    clip: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+
+
 def unsupported(key: BucketKey) -> str | None:
     """Why no driver steps a bucket, whatever its device, or None. Drivers know every registered format and precision."""
     for what, dtype in (("parameters", key.param_dtype), ("gradients", key.grad_dtype)):
