@@ -59,7 +59,7 @@ void launch(const py::bytes& packed) {
   std::memcpy(&work, data, sizeof work);
   if (work.bytes != int32_t(sizeof work)) throw std::invalid_argument("the layout of this Launch is another version's");
   if (work.rule < 0 || work.rule >= kRuleCount) throw std::invalid_argument("no such rule: see describe()");
-  if (work.phase < fo::kFused || work.phase > fo::kNorm) throw std::invalid_argument("no such phase");
+  if (work.phase < fo::kFused || work.phase > fo::kDirection) throw std::invalid_argument("no such phase");
   const FoDriver chosen = driver(work.isa);
   py::gil_scoped_release released;
   if (work.phase == fo::kNorm) chosen.norm(&work);

@@ -27,6 +27,7 @@ template <class Rule>
 FO_HD Stage make_stage(const Launch& launch, int phase, const Head& head, const typename Rule::Scalars& c, int64_t tensor) {
   float mul = unscale(launch);
   Stage s{mul * head.grad_sign, head.l2, 1.f, head.lr, head.decay};
+  if (phase == kDirection) s.l2 = s.decay = 0.f, s.lr = -1.f;  // the epilogue of a parameter of 0 is then u
   if constexpr (Rule::trust_on == Trust::gradient) {
     s.q = Rule::trust(launch.sums[2 * tensor], launch.sums[2 * tensor + 1] * mul * mul, c);
   } else if constexpr (Rule::trust_on == Trust::update) {

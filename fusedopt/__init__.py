@@ -7,6 +7,7 @@ from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
+from fusedopt.projections import GaLore, list_projections
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.rule import list_rules
 from fusedopt.states import override, state_bytes
@@ -28,6 +29,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FusedOptimizer",
+    "GaLore",
     "Lion",
     "clip_grad_norm_",
     "create",
@@ -35,6 +37,7 @@ __all__ = [
     "global_norm",
     "list_formats",
     "list_precisions",
+    "list_projections",
     "list_rules",
     "override",
     "quantize_blockwise",

@@ -14,6 +14,7 @@ from fusedopt.conversion import convert, for_loading, to_bitsandbytes
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS
+from fusedopt.projections.base import configured, states_like
 from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
 
 __all__ = ["convert", "prepare", "to_bitsandbytes", "to_torch"]
@@ -32,6 +33,11 @@ def to_torch(opt, native: dict) -> dict:
         _, group = indices[index]
         rule = opt.rule_for(group)
         converted = {"step": entry["step"].clone()} if opt.torch_counts_steps else {}
+        if configured(indices[index][0], group) is not None:
+            raise ValueError(
+                f"{describe(type(opt).__name__, index, indices[index][0])}: its states are projected and have no torch.optim "
+                "form. Use state_dict()."
+            )
         for state in rule.states:
             if state.name in entry:
                 converted[state.name] = st.decode(indices[index][0], entry, state)
@@ -49,9 +55,13 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]
     stepped = bool(rule.states) and float(entry.get("step", 0)) > 0
-    if _others(rule, entry) or missing and (present or stepped):
+    projection = configured(p, group)
+    kept = {} if projection is None else projection.tensors(p)
+    like = states_like(p, projection)
+    if _others(rule, entry, kept) or missing and (present or stepped):
         raise ValueError(
-            f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps {list(rule.state_names)}. "
+            f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps "
+            f"{[*rule.state_names, *kept]}. "
             "Load a state dict of the same optimizer."
         )
     out: dict = {}
@@ -59,10 +69,11 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
     on_device = opt.steps_on_device(p, group)
     out["step"] = step.to(device=p.device if on_device else "cpu", dtype=_step_dtype()).view(())
-    for state, form in zip(rule.states, st.configured_formats(p, group, rule), strict=True):
+    for state, form in zip(rule.states, st.configured_formats(like, group, rule, p), strict=True):
         if state.name in entry:
-            _check_state(what, p, entry, state.name)
-            _take(p, out, entry, state, form)
+            _check_state(what, like, entry, state.name)
+            _take(like, out, entry, state, form)
+    _take_kept(what, p, kept, entry, out, stepped)
     _take_companion(what, p, group, entry, out)
     return out
 
@@ -150,10 +161,25 @@ def _take_companion(what: str, p: torch.Tensor, group: dict, entry: dict, out: d
     bind(p, out, precision)
 
 
-def _others(rule, entry: dict) -> list[str]:
+def _take_kept(what: str, p: torch.Tensor, kept: dict, entry: dict, out: dict, stepped: bool) -> None:
+    """What a projection keeps: tensors of a given shape and dtype."""
+    for name, (shape, dtype) in kept.items():
+        tensor = entry.get(name)
+        if tensor is None and not stepped:
+            continue
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
+            found = "missing" if tensor is None else f"of shape {tuple(getattr(tensor, 'shape', ()))}"
+            raise ValueError(
+                f"{what}: the loaded {name!r} is {found}, the projection keeps one of shape {shape}. Load a state dict of "
+                "the same model and projection."
+            )
+        out[name] = torch.empty(shape, dtype=dtype, device=p.device).copy_(tensor)
+
+
+def _others(rule, entry: dict, kept) -> list[str]:
     """Tensors that belong to no state of the rule: another optimizer's."""
     scales = [name for state in rule.state_names for name in st.scale_names(state)]
-    known = {"step", *rule.state_names, *scales, *COMPANIONS}
+    known = {"step", *rule.state_names, *scales, *COMPANIONS, *kept}
     return [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k not in known]
 
 

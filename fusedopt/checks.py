@@ -81,3 +81,14 @@ def check_layout(
         entry[key] = torch.empty_strided(work.shape, work.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
             tensor
         )
+
+
+def check_projected(name: str, decay_mode: str, index: int, p: torch.Tensor, group: dict) -> None:
+    """Raises RuntimeError for what a projected parameter cannot have."""
+    if decay_mode == "coupled" and group["weight_decay"] != 0:
+        raise RuntimeError(
+            f"{describe(name, index, p)} is projected, and L2 weight decay would be projected with its gradient. Use a rule "
+            "with decoupled decay (AdamW), or weight_decay=0."
+        )
+    if group["differentiable"]:
+        raise RuntimeError(f"{describe(name, index, p)} is projected, which differentiable=True cannot be.")

@@ -1,37 +1,61 @@
-"""create("adamw8bit", model): optimizers by name, a rule's name and an optional format suffix."""
+"""create("adamw8bit", model): optimizers by name: a rule's, with an optional projection before and format after it."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import torch
 
 from fusedopt.formats import ALIASES, get_format, list_formats
+from fusedopt.projections import get_projection, list_projections
 from fusedopt.rule import optimizers
 
 SUFFIXES = {"": None, "8bit": "8bit", "4bit": "4bit", **{f"_{name}": name for name in list_formats()}}
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
-    """("adamw", "int8") of "adamw8bit". Raises ValueError for an unknown name, listing the known ones."""
+    """("adamw", "int8") of "adamw8bit" and of "galore_adamw8bit". ValueError for an unknown name, listing the known ones."""
     known = optimizers()
+    rest = name.lower()
+    prefix = _prefix(rest)
+    if prefix is not None:
+        rest = rest.removeprefix(f"{prefix}_")
     for suffix, form in SUFFIXES.items():
-        base = name.lower().removesuffix(suffix) if suffix else name.lower()
-        if base in known and (not suffix or base != name.lower()):
+        base = rest.removesuffix(suffix) if suffix else rest
+        if base in known and (not suffix or base != rest):
             return base, form and get_format(form).name
     raise ValueError(
         f"unknown optimizer {name!r}; names are {', '.join(sorted(known))}, each with an optional suffix "
-        f"{', '.join(s for s in SUFFIXES if s)}"
+        f"{', '.join(s for s in SUFFIXES if s)} and an optional prefix {', '.join(f'{p}_' for p in list_projections())}"
     )
 
 
+def _prefix(name: str) -> str | None:
+    """The projection that a name begins with, the longest that fits."""
+    found = [p for p in list_projections() if name.startswith(f"{p}_")]
+    return max(found, key=len, default=None)
+
+
+def take_projection(name: str, options: dict):
+    """The projection that a name asks for, or None. Its options (rank, update_every, ...) are taken out of `options`."""
+    prefix = _prefix(name.lower())
+    if prefix is None:
+        return None
+    cls = get_projection(prefix)
+    names = [f.name for f in fields(cls) if f.name in options]
+    return cls(**{key: options.pop(key) for key in names})
+
+
 def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
-    """An optimizer by name, e.g. create("adamw8bit", model, lr=3e-4).
+    """An optimizer by name, e.g. create("adamw8bit", model, lr=3e-4) or create("galore_adamw8bit", model, rank=128).
 
     Args:
-        name: a class name in lower case ("adamw", "lion", "lamb", ...), with an optional state format suffix.
+        name: a class name in lower case ("adamw", "lion", "lamb", ...), with an optional state format suffix and an
+            optional projection before it ("galore_", "dct_", ...). Of a model, a projection leaves embeddings as they are.
         params_or_model: a module, parameters, or parameter groups.
-        options: arguments of the class.
+        options: arguments of the class, and of the projection.
     Raises:
-        ValueError: unknown name, or two state formats.
+        ValueError: unknown name, two state formats, or two projections.
     """
     base, form = parse_name(name)
     if form is not None:
@@ -40,7 +64,22 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
                 f"create: {name!r} means state_format={form!r}, but state_format={options['state_format']!r} is given"
             )
         options["state_format"] = form
+    projection = take_projection(name, options)
+    if projection is not None:
+        if options.get("projection") is not None:
+            raise ValueError(f"create: {name!r} names a projection, and projection={options['projection']!r} is given")
+        options["projection"] = projection
     params = params_or_model
     if isinstance(params, torch.nn.Module):
-        params = [p for p in params.parameters() if p.requires_grad]
+        params = _groups(params, projection)
     return optimizers()[base](params, **options)
+
+
+def _groups(model: torch.nn.Module, projection) -> list:
+    """The trainable parameters of a model; with a projection, those of embeddings in a group without it."""
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+    mine = [p for p in model.parameters() if p.requires_grad]
+    plain = [p for p in mine if id(p) in embedded]
+    if projection is None or not plain:
+        return mine
+    return [{"params": [p for p in mine if id(p) not in embedded]}, {"params": plain, "projection": None}]

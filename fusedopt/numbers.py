@@ -20,6 +20,7 @@ class Row:
     decay_mode: str
     step: int
     view: torch.Tensor | None = None
+    site: object | None = None  # counts steps for the rule in its own way (a projection that resets states)
 
 
 def _host(value):
@@ -28,6 +29,7 @@ def _host(value):
 
 def _numbers(row: Row, h: dict, step, lr) -> RowNumbers:
     weight_decay = h["weight_decay"]
+    counted = step if row.site is None else row.site.rule_step(step)
     return RowNumbers(
         lr=lr,
         decay=lr * weight_decay if row.decay_mode == "decoupled" else 0.0,
@@ -35,7 +37,7 @@ def _numbers(row: Row, h: dict, step, lr) -> RowNumbers:
         grad_sign=-1.0 if h["maximize"] else 1.0,
         seed=h["seed"],
         step=step,
-        scalars=row.rule.scalars(h, step),
+        scalars=row.rule.scalars(h, counted),
     )
 
 

@@ -15,6 +15,7 @@ from fusedopt.lost import LostUpdates
 from fusedopt.options import check_lr, check_nonnegative
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
+from fusedopt.projections.base import Projection, configured, states_like
 from fusedopt.rule import Rule
 
 
@@ -24,6 +25,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     Shared options (keyword only):
         state_format: how states are stored: a name of `list_formats()`, "8bit", "4bit", or a dict by state name. Per group.
         param_precision: how bf16 and fp16 parameters are kept: a name of `list_precisions()`. Per group.
+        projection: step matrices in a low-rank subspace of their gradients, e.g. GaLore(rank=128). Per group.
         min_quantized_numel: tensors with fewer elements keep fp32 states under a blockwise format. Per group.
         seed: of the stochastic rounding. Per group.
         clip_grad_norm: clip the global gradient norm to this value inside the step; `grad_norm` holds the norm.
@@ -47,6 +49,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         *,
         state_format: str | dict[str, str] = "fp32",
         param_precision: str = "nearest",
+        projection: Projection | None = None,
         min_quantized_numel: int = 4096,
         seed: int = 0,
         clip_grad_norm: float | None = None,
@@ -85,10 +88,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             "fused": fused,
             "state_format": state_format,
             "param_precision": param_precision,
+            "projection": projection,
             "min_quantized_numel": min_quantized_numel,
             "seed": seed,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group of parameters. Raises ValueError for a projection that the rule cannot have."""
+        if isinstance(param_group, dict):
+            self._check_projection({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check_projection(self, group: dict) -> None:
+        st.check_projection(group["projection"])
+        if group["projection"] is not None and self.rule_for(group).trust_on:
+            raise ValueError(
+                f"{type(self).__name__}: its trust ratio needs the full update, so it takes no projection. Use AdamW."
+            )
 
     # What a rule's class says
 
@@ -122,6 +139,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if format not in ("native", "torch"):
             raise ValueError(f"state_dict: unknown format {format!r}; it is 'native' or 'torch'")
         native = super().state_dict()
+        for group in native["param_groups"]:
+            if group.get("projection") is not None:
+                group["projection"] = group["projection"].describe()
         return native if format == "native" else checkpoint.to_torch(self, native)
 
     @torch._disable_dynamo
@@ -151,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             formats = g["state_format"]
             out.append((
                 self.rule_for(g).name, g["capturable"], g["param_precision"], g["min_quantized_numel"],
-                tuple(formats.items()) if isinstance(formats, dict) else formats, len(g["params"]),
+                tuple(formats.items()) if isinstance(formats, dict) else formats, len(g["params"]), g["projection"],
             ))  # fmt: skip
         return tuple(out)
 
@@ -169,10 +189,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         entry = self.state[p]
         if "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
-        formats = st.configured_formats(p, group, rule)
+        projection = configured(p, group)
+        like = states_like(p, projection)
+        formats = st.configured_formats(like, group, rule, p)
         for state, form in zip(rule.states, formats, strict=True):
             if state.name not in entry:
-                st.allocate(p, entry, state, form)
+                st.allocate(like, entry, state, form)
+        if projection is not None:
+            for name, (shape, dtype) in projection.tensors(p).items():
+                if name not in entry:
+                    entry[name] = torch.zeros(shape, dtype=dtype, device=p.device)
         masters.bind(p, entry, masters.configured_precision(p, group))
         return entry
 

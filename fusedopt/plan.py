@@ -6,128 +6,27 @@ there is one scalar table, one set of reduction buffers and one clip coefficient
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import is_
 
 import torch
 
 from fusedopt import states as st
-from fusedopt.abi import GRAIN_SIZE, Column, Phase, chunk_size, chunk_table
+from fusedopt.abi import Phase
 from fusedopt.backends import select
-from fusedopt.backends.base import BucketKey, Item, Work
-from fusedopt.checks import check_layout, check_parameter, check_precision
-from fusedopt.formats import Format
+from fusedopt.backends.base import BucketKey, Work
+from fusedopt.bucket import Bucket, Slot
+from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
-from fusedopt.precision import ParamPrecision
-from fusedopt.rule import Rule
+from fusedopt.precision import get_precision
+from fusedopt.projections.base import configured, states_like
+from fusedopt.projections.steps import ProjectedSteps
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A parameter that has a gradient, and how it is stepped."""
-
-    tensor_id: int
-    position: int  # among the gradients of this step
-    group: int
-    param: torch.Tensor
-    entry: dict  # its state dict
-    rule: Rule
-    formats: tuple[Format, ...]
-    precision: ParamPrecision
-    work_param: torch.Tensor  # param, or a dense copy of a view with gaps
-    copy_grad: bool  # the gradient's layout differs and is copied before the launch
-    key: BucketKey | None = None
-    reasons: list[str] = field(default_factory=list)
-    row: int = 0
-
-    @property
-    def state_tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self.entry[s.name] for s in self.rule.states)
-
-    @property
-    def scale_tensors(self) -> tuple[torch.Tensor | None, ...]:
-        pairs = zip(self.rule.states, self.formats, strict=True)
-        return tuple(st.stored_scale(self.entry, s.name, form) for s, form in pairs)
-
-    @property
-    def companion(self) -> torch.Tensor | None:
-        return self.entry[self.precision.companion] if self.precision.companion else None
-
-
-class Bucket:
-    """Slots of one key, with the tables their launches read."""
-
-    def __init__(self, slots: list[Slot], backend):
-        self.slots, self.key, self.backend = slots, slots[0].key, backend
-        self.native = backend.name != "reference"
-        self.positions = [slot.position for slot in slots]
-        numels = [slot.param.numel() for slot in slots]
-        grains = [-(-n // GRAIN_SIZE) for n in numels]
-        self.grains = sum(grains)
-        device = self.key.device
-        self.chunk = chunk_size(sum(numels), backend.units(device))
-        self.pointers = array("q")
-        if self.native:
-            columns = array("q", bytes(8 * Column.COUNT * len(slots)))
-            self._fill(columns, numels, grains)
-            host = torch.frombuffer(columns, dtype=torch.int64).view(Column.COUNT, len(slots))
-            self.columns = columns
-            self.table = host if device.type == "cpu" else host.to(device)
-            self.chunks = chunk_table(numels, self.chunk).to(device)
-        else:
-            self.table = self.chunks = torch.empty(0, dtype=torch.int64, device=device)
-        self.works: dict[Phase, Work] = {}
-
-    def _fill(self, columns: array, numels: list[int], grains: list[int]) -> None:
-        rows, grain = len(self.slots), 0
-        for i, slot in enumerate(self.slots):
-            columns[Column.PARAM * rows + i] = slot.work_param.data_ptr()
-            for k, (state, scale) in enumerate(zip(slot.state_tensors, slot.scale_tensors, strict=True)):
-                columns[(Column.STATE + k) * rows + i] = state.data_ptr()
-                columns[(Column.SCALE + k) * rows + i] = 0 if scale is None else scale.data_ptr()
-            columns[Column.NUMEL * rows + i] = numels[i]
-            columns[Column.META * rows + i] = slot.tensor_id << 32 | slot.row
-            columns[Column.GRAIN * rows + i] = grain
-            columns[Column.COMPANION * rows + i] = 0 if slot.companion is None else slot.companion.data_ptr()
-            grain += grains[i]
-
-    def items(self, grads: list[torch.Tensor] | None) -> list[Item]:
-        return [
-            Item(
-                s.work_param,
-                grads[s.position] if grads else None,
-                s.state_tensors,
-                s.scale_tensors,
-                s.tensor_id,
-                s.row,
-                s.companion,
-            )
-            for s in self.slots
-        ]
-
-    def set_gradients(self, grads: list[torch.Tensor], pointers: list[int], upload) -> None:
-        """Points the table at this step's gradients; the reference takes the tensors themselves."""
-        if not self.native:
-            items = self.items(grads)
-            for work in self.works.values():
-                work.items = items
-            return
-        mine = array("q", [pointers[i] for i in self.positions])
-        if mine == self.pointers:
-            return
-        self.pointers = mine
-        if self.key.device.type == "cpu":
-            self.columns[: len(mine)] = mine
-        else:
-            upload(self.table[Column.GRAD], torch.frombuffer(mine, dtype=torch.int64))
-
-    def clear_gradients(self) -> None:
-        if not self.native:
-            for work in self.works.values():
-                work.items = []
+def _buckets(by_key: dict[BucketKey, list[Slot]]) -> list[Bucket]:
+    return [Bucket(group, select.get_backend(key.backend)) for key, group in by_key.items()]
 
 
 class DevicePlan:
@@ -141,13 +40,26 @@ class DevicePlan:
         for slot in slots:
             if slot.param.numel():
                 by_key.setdefault(slot.key, []).append(slot)
-        self.buckets = [Bucket(group, select.get_backend(key.backend)) for key, group in by_key.items()]
-        for bucket in self.buckets:
-            rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, bucket.slots[0].precision
+        self.buckets = _buckets(by_key)
+        self.projected = ProjectedSteps([s for s in slots if s.site is not None], self.scalars)
+        self.wholes: list[Bucket] = []  # of projected slots: the global norm is that of their full gradients
+        if opt.clip_grad_norm is not None:
+            by_key = {}
+            for slot in self.projected.slots:
+                whole = slot.whole()
+                by_key.setdefault(whole.key, []).append(whole)
+            self.wholes = _buckets(by_key)
+        for bucket in (*self.buckets, *self.wholes):
+            rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, get_precision(bucket.key.precision)
             base = Work(bucket.key, rule, form, precision, bucket.items(None) if bucket.native else [], bucket.table,
                         bucket.chunks, self.scalars.table, [], bucket.chunk, bucket.grains)  # fmt: skip
             phases = (Phase.PROBE, Phase.APPLY) if rule.trust_on == "update" else (Phase.FUSED,)
-            bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in (Phase.NORM, *phases)}
+            phases = (Phase.NORM, *phases)
+            if bucket.key.projected:
+                phases = (Phase.DIRECTION,)
+            elif bucket in self.wholes:
+                phases = (Phase.NORM,)
+            bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in phases}
         self._bind_reductions(opt.clip_grad_norm is not None, opt.clip_grad_norm or 0.0, tensor_count)
 
     def _bind_steps(self, opt) -> None:
@@ -164,13 +76,14 @@ class DevicePlan:
                 values = torch.stack([v.to(values[0].device) for v in values]).tolist()
             counts = [int(v) for v in values]
             counter = torch.tensor(counts, dtype=dtype, device=self.device if on_device else "cpu")
-            known: dict[tuple[int, int], int] = {}
+            known: dict[tuple, int] = {}
             for i, (slot, count) in enumerate(zip(mine, counts, strict=True)):
                 slot.entry["step"] = counter[i]
-                place = (slot.group, count)
+                place = (slot.group, count, None if slot.site is None else slot.site.counting)
                 if place not in known:
                     known[place] = len(rows)
-                    rows.append(Row(slot.group, slot.rule, opt.decay_mode, count, counter[i] if on_device else None))
+                    view = counter[i] if on_device else None
+                    rows.append(Row(slot.group, slot.rule, opt.decay_mode, count, view, slot.site))
                 slot.row = known[place]
             self.counters.append(counter)
         self.versions = [c._version for c in self.counters]
@@ -179,11 +92,13 @@ class DevicePlan:
 
     def _bind_reductions(self, clipping: bool, max_norm: float, tensor_count: int) -> None:
         trusting = any(b.slots[0].rule.trust_on for b in self.buckets)
-        self.normed = [b for b in self.buckets if clipping or b.slots[0].rule.trust_on == "gradient"]
+        own = [b for b in self.buckets if Phase.NORM in b.works]
+        self.normed = [b for b in own if clipping or b.slots[0].rule.trust_on == "gradient"] + self.wholes
         self.sums = self.clip = self.norm = self.totals = None
         if not trusting and not self.normed:
             return
-        native = any(b.native for b in self.buckets)
+        every = [*self.buckets, *self.wholes]
+        native = any(b.native for b in every)
         dtype = torch.float32 if native else torch.float64
 
         def zeros(*shape, dtype=dtype):
@@ -192,9 +107,9 @@ class DevicePlan:
         self.sums = zeros(tensor_count, 2) if trusting else None
         self.totals, self.norm = zeros(max(1, len(self.normed))), zeros(1)
         self.clip = zeros(1) if clipping else None
-        partials = zeros(max((b.grains for b in self.buckets), default=0), 2)
-        counters = zeros(max((len(b.slots) for b in self.buckets), default=0) + 1, dtype=torch.int32)
-        for bucket in self.buckets:
+        partials = zeros(max((b.grains for b in every), default=0), 2)
+        counters = zeros(max((len(b.slots) for b in every), default=0) + 1, dtype=torch.int32)
+        for bucket in every:
             for phase, work in bucket.works.items():
                 needs = phase in (Phase.NORM, Phase.PROBE)
                 work.partials, work.counters = (partials, counters) if needs else (None, None)
@@ -233,7 +148,8 @@ class DevicePlan:
     def set_amp(self, grad_scale, found_inf) -> None:
         scale = None if grad_scale is None else grad_scale.to(self.device, torch.float32)
         found = None if found_inf is None else found_inf.to(self.device, torch.float32)
-        for bucket in self.buckets:
+        self.projected.begin(scale, found, self.clip)
+        for bucket in (*self.buckets, *self.wholes):
             for work in bucket.works.values():
                 work.grad_scale, work.found_inf = scale, found
                 work.numbers = self.scalars.numbers
@@ -242,11 +158,13 @@ class DevicePlan:
         for bucket in self.normed:
             bucket.backend.launch(bucket.works[Phase.NORM])
 
-    def step(self) -> None:
+    def step(self, grads: list[torch.Tensor]) -> None:
+        self.projected.before(grads)
         for bucket in self.buckets:
             for phase, work in bucket.works.items():
                 if phase != Phase.NORM:
                     bucket.backend.launch(work)
+        self.projected.after(grads)
 
 
 class Plan:
@@ -296,36 +214,57 @@ class Plan:
                 found.append((tensor_id, position, group_index, p, g))
                 position += 1
         slots = [self._slot(opt, *args) for args in found]  # nothing is allocated before every tensor has passed
+        self._make_sites(opt, slots)
         asked = select.requested(opt.backend_for_step())
         for slot, (*_, g) in zip(slots, found, strict=True):
             self._assign(opt, slot, g, asked)
         return slots
+
+    @staticmethod
+    def _make_sites(opt, slots: list[Slot]) -> None:
+        """Sites of the projected slots. Their places count every projected parameter, with a gradient or without."""
+        owners = [(p, group) for group in opt.param_groups for p in group["params"]]
+        chosen = [configured(p, group) for p, group in owners]
+        places = {i: place for place, i in enumerate(i for i, c in enumerate(chosen) if c is not None)}
+        for slot in slots:
+            projection = chosen[slot.tensor_id]
+            if projection is not None:
+                group = opt.param_groups[slot.group]
+                check_projected(type(opt).__name__, opt.decay_mode, slot.tensor_id, slot.param, group)
+                slot.site = projection.site(
+                    projection, slot.work_param, slot.entry, slot.grad_dtype, slot.tensor_id, group["seed"],
+                    (places[slot.tensor_id], len(places)),
+                )  # fmt: skip
 
     def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
         group = opt.param_groups[group_index]
         rule = opt.rule_for(group)
         precision = configured_precision(p, group)
         entry = opt.init_state(p, group, rule)
-        wanted = st.configured_formats(p, group, rule)
+        projection = configured(p, group)
+        like = states_like(p, projection)
+        wanted = st.configured_formats(like, group, rule, p)
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
         work_param = p if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
         for state, form in zip(rule.states, formats, strict=True):
-            check_layout(type(opt).__name__, tensor_id, p, work_param, entry, state.name, form)
+            shaped = work_param if projection is None else like
+            check_layout(type(opt).__name__, tensor_id, p, shaped, entry, state.name, form)
         if precision.companion:
             check_layout(type(opt).__name__, tensor_id, p, work_param, entry, precision.companion, None)
         return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
-                    copy_grad=not strides_match(g, work_param))  # fmt: skip
+                    copy_grad=not strides_match(g, work_param), grad_dtype=g.dtype)  # fmt: skip
 
     def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
+        site = slot.site
         pointers = [slot.work_param.data_ptr(), *(t.data_ptr() for t in slot.state_tensors)]
         if slot.companion is not None:
             pointers.append(slot.companion.data_ptr())
         if not slot.copy_grad:
             pointers.append(g.data_ptr())
-        key = BucketKey(slot.param.device, "", slot.rule.name, slot.param.dtype, g.dtype,
-                        tuple(f.name for f in slot.formats), slot.precision.name,
-                        all(x % 16 == 0 for x in pointers))  # fmt: skip
+        key = BucketKey(slot.param.device, "", slot.rule.name, slot.target.dtype, site.projected.dtype if site else g.dtype,
+                        tuple(f.name for f in slot.formats), "nearest" if site else slot.precision.name,
+                        all(x % 16 == 0 for x in pointers), site is not None)  # fmt: skip
         try:
             name, slot.reasons = select.choose(key, asked)
         except RuntimeError as error:
@@ -381,7 +320,7 @@ class Plan:
         for device in self.devices:
             device.advance(opt.param_groups)
             device.set_amp(grad_scale, found_inf)
-            for bucket in device.buckets:
+            for bucket in (*device.buckets, *device.wholes):
                 bucket.set_gradients(grads, pointers, device.upload)
         self.grad_pointers = pointers
         for device in self.devices:
@@ -389,13 +328,13 @@ class Plan:
         if len(self.devices) > 1 and opt.clip_grad_norm is not None:
             self._combine_norms(grad_scale)
         for device in self.devices:
-            device.step()
+            device.step(grads)
             if found_inf is not None:
                 device.take_back(found_inf)
         for slot in self.gapped:
             slot.param.copy_(slot.work_param)
         for device in self.devices:
-            for bucket in device.buckets:
+            for bucket in (*device.buckets, *device.wholes):
                 bucket.clear_gradients()
 
     def _combine_norms(self, grad_scale) -> None:

@@ -125,14 +125,15 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: int = 0) -> torch.Tensor:
+def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: int = 0, first: int = 0):
     """int64 [numel]: the 16 random bits of each element. step: int or integer tensor.
 
-    stream: 0 for the parameter, 1 + i for state i, in the 8 highest bits of the octet's number.
+    stream: 0 for the parameter, 1 + i for state i, in the 8 highest bits of the octet's number. first: index of the first
+    element, a multiple of 8.
     """
     if isinstance(step, torch.Tensor):
         step = step.long()
-    octet = torch.arange((numel + 7) // 8, dtype=torch.int64, device=device)
+    octet = torch.arange(first // 8, first // 8 + (numel + 7) // 8, dtype=torch.int64, device=device)
     c0, c1 = octet & _MASK, octet >> 32 | stream << 24
     c2, c3 = torch.full_like(octet, tensor_id & _MASK), torch.zeros_like(octet) + step
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK

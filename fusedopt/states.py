@@ -13,7 +13,8 @@ from fusedopt.formats import BF16, FP32, Format, get_format, list_formats
 from fusedopt.memory import empty_like, flat
 from fusedopt.rule import Rule, State
 
-STORAGE_OPTIONS = ("state_format", "param_precision", "min_quantized_numel")
+STORAGE_OPTIONS = ("state_format", "param_precision", "projection", "min_quantized_numel")
+OVERRIDABLE = ("state_format", "param_precision", "projection")
 OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
 
 
@@ -22,19 +23,21 @@ def override(target, **options) -> None:
 
     Args:
         target: a tensor or a torch.nn.Module.
-        options: state_format (a name, or a dict by state name) and/or param_precision.
+        options: state_format (a name, or a dict by state name), param_precision, projection (None for none).
     Raises:
         ValueError: an unknown option or value. Call it before the first step: existing states keep their format.
     """
     from fusedopt.precision import get_precision
 
-    unknown = options.keys() - {"state_format", "param_precision"}
+    unknown = options.keys() - set(OVERRIDABLE)
     if unknown:
-        raise ValueError(f"override: unknown options {sorted(unknown)}; it takes state_format and param_precision")
+        raise ValueError(f"override: unknown options {sorted(unknown)}; it takes {', '.join(OVERRIDABLE)}")
     if "state_format" in options:
         check_state_format(options["state_format"])
     if "param_precision" in options:
         get_precision(options["param_precision"])
+    if "projection" in options:
+        check_projection(options["projection"])
     for tensor in target.parameters() if isinstance(target, torch.nn.Module) else [target]:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"override: expected a tensor or a module, got {type(tensor).__name__}")
@@ -45,14 +48,26 @@ def option_overrides(p: torch.Tensor) -> dict:
     return getattr(p, "_fusedopt_options", {})
 
 
+def check_projection(value) -> None:
+    from fusedopt.projections.base import Projection
+
+    if value is not None and not isinstance(value, Projection):
+        raise ValueError(f"projection={value!r} is no projection; use e.g. fusedopt.GaLore(rank=128), or None for none")
+
+
 def check_state_format(value) -> None:
     for name in value.values() if isinstance(value, dict) else [value]:
         get_format(name)
 
 
-def configured_formats(p: torch.Tensor, group: dict, rule: Rule) -> tuple[Format, ...]:
-    """The format of each state of a rule for a parameter: its override, else the group's, small tensors fp32."""
-    chosen = option_overrides(p).get("state_format", group["state_format"])
+def configured_formats(
+    p: torch.Tensor, group: dict, rule: Rule, owner: torch.Tensor | None = None
+) -> tuple[Format, ...]:
+    """The format of each state of a rule for a parameter: its override, else the group's, small tensors fp32.
+
+    p: what the states are shaped like; owner: the parameter, where that is another tensor (a projection).
+    """
+    chosen = option_overrides(owner if owner is not None else p).get("state_format", group["state_format"])
     formats = []
     for state in rule.states:
         name = chosen.get(state.name, "fp32") if isinstance(chosen, dict) else chosen

@@ -214,7 +214,7 @@ def test_meta_parameters_work_after_to_empty():
 def test_override_refuses_unknown_options():
     p = torch.zeros(3)
     with pytest.raises(
-        ValueError, match=r"override: unknown options \['lr'\]; it takes state_format and param_precision"
+        ValueError, match=r"override: unknown options \['lr'\]; it takes state_format, param_precision, projection"
     ):
         fusedopt.override(p, lr=1.0)
     with pytest.raises(ValueError, match="unknown state_format"):

@@ -108,7 +108,7 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
 
   int64_t blocked = 0;
   if constexpr (Store) {
-    if (InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
+    if (launch.phase != kDirection && InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
     blocked = step_blocks<Rule>(launch, row, head, start, n, [&](int64_t count, float* gt, float* pt, float** s) {
       update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, stage, scalars);
     });
@@ -139,7 +139,7 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   }
 }
 
-// kFused, kProbe and kApply; kNorm is reduce.cpp's.
+// All phases but kNorm, which is reduce.cpp's.
 template <class Rule>
 static void step(const Launch& launch) {
   if (launch.found_inf && *launch.found_inf != 0.f) return;

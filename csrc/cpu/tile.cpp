@@ -90,6 +90,10 @@ static void subtract_rounded(const float* __restrict x, int n, float* __restrict
 
 float* load_param(const Launch& launch, const Row& row, int64_t offset, int n, float* buffer) {
   const int64_t companion = row[kCompanion];
+  if (launch.phase == kDirection) {
+    std::memset(buffer, 0, n * sizeof(float));
+    return buffer;
+  }
   if (launch.param_dtype == kF32) return at<float>(row[kParam], offset);
   const uint16_t* p = at<uint16_t>(row[kParam], offset);
   switch (launch.precision) {
@@ -116,7 +120,10 @@ float* load_param(const Launch& launch, const Row& row, int64_t offset, int n, f
 
 void store_param(const Launch& launch, const Row& row, const Head& head, int64_t offset, int n, const float* values) {
   const int32_t dtype = launch.param_dtype;
-  if (dtype == kF32) return;
+  if (dtype == kF32) {
+    if (launch.phase == kDirection) std::memcpy(at<float>(row[kParam], offset), values, n * sizeof(float));
+    return;
+  }
   const int64_t companion = row[kCompanion];
   uint16_t* p = at<uint16_t>(row[kParam], offset);
   uint16_t random[kTile];

@@ -36,7 +36,7 @@ constexpr int kRuleCount = int(sizeof(kRules) / sizeof(kRules[0]));
 inline const char* cuda_launch(const Launch& launch, void* stream) {
   if (launch.bytes != int32_t(sizeof launch)) return "the layout of this Launch is another version's";
   if (launch.rule < 0 || launch.rule >= kRuleCount) return "no such rule: see describe()";
-  if (launch.phase < kFused || launch.phase > kNorm) return "no such phase";
+  if (launch.phase < kFused || launch.phase > kDirection) return "no such phase";
   if (launch.chunk <= 0 || launch.chunk % kGrainSize != 0 || launch.chunk > (int64_t(1) << 28)) return "chunk is no multiple of the grain size, or beyond 2^28";
   if (launch.n_chunks > 0x7FFFFFFF) return "more chunks than a grid has blocks";
   if (launch.phase == kNorm) return fo_cuda_norm(launch, stream);

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   // A probe runs in step with the grains, so a warp without a block still adds its zero.
   const int end = Probe ? (work.count + kGrainSize - 1) / kGrainSize * kGrainSize : work.count;
+  const bool reads_param = launch.phase != kDirection;
   const int whole = launch.aligned ? work.count : 0;  // elements that full blocks take
 #pragma unroll 1
   for (int block = warp * kBlock; block < end; block += kGrainSize) {
@@ -91,15 +92,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
     const bool full = mode.is_full(block + kBlock, whole);
     const Stream grad = {numbers.grad, dtype_shift(mode.grad_dtype())};
     const Stream companion = {numbers.companion, companion_shift(mode.precision())};
-    Octet raw_g, raw_p, raw_s[kSlots];
+    Octet raw_g, raw_p = {}, raw_s[kSlots];
     if (full) {
       raw_g = load_octet(grad, at);
-      load_raw_weight<true>(raw_p, param, companion, mode.precision(), at, live);
+      if (reads_param) load_raw_weight<true>(raw_p, param, companion, mode.precision(), at, live);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet(states[i], at);
     } else {
       raw_g = load_octet_masked(grad, at, live);
-      load_raw_weight<false>(raw_p, param, companion, mode.precision(), at, live);
+      if (reads_param) load_raw_weight<false>(raw_p, param, companion, mode.precision(), at, live);
 #pragma unroll
       for (int i = 0; i < kStates; ++i) raw_s[i] = load_octet_masked(states[i], at, live);
     }

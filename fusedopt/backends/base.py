@@ -24,6 +24,7 @@ class BucketKey(NamedTuple):
     formats: tuple[str, ...]  # one per state of the rule
     precision: str
     aligned: bool  # all addresses of all rows are multiples of 16 bytes
+    projected: bool = False  # rows are projected gradients, updates and their low-rank states
 
 
 class Item(NamedTuple):
@@ -148,7 +149,7 @@ class MatrixWork:
     (fp32, bf16, fp16; a projector may be an Int4Matrix), or the scaled gradient (left is None),
     u = scale * row_factor[:, None] * col_factor[None, :] * grad (fp32 factors [rows], [cols], or None for 1).
     residual (FRUGAL), added to the product, with e = grad - grad_left @ grad_right:
-        "sign": residual_scale * grad_sign * sign(e); "gradient": residual_scale * mul * e, where mul = grad_sign / grad_scale * clip.
+        "sign": residual_scale * grad_sign * sign(e); "gradient": residual_scale * mul * e, mul = grad_sign / grad_scale * clip.
     scalars: fp32 [SCALAR_STRIDE], a scalar row on the device (head only: lr, decay, grad_sign, seed, step); numbers: the same
     in double precision. Random bits are those of element i in memory order, stream 0, as in a step. found_inf: fp32 [1];
     non-zero: nothing is written. grad_scale, clip: fp32 [1] or None.

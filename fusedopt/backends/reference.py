@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from fusedopt.abi import Phase
-from fusedopt.backends.base import BucketKey, Item, Work
+from fusedopt.backends.base import BucketKey, Item, MatrixWork, Work
+from fusedopt.backends.reference_matrix import apply_matrix
 from fusedopt.formats import Format
 from fusedopt.memory import flat
 from fusedopt.precision import philox16
@@ -74,7 +75,9 @@ class ReferenceBackend:
         keep = torch.is_grad_enabled()  # differentiable=True: the graph keeps what the stores below overwrite
         n = item.param.numel()
         companion = None if item.companion is None else flat(item.companion)
-        p, g = work.precision.load(flat(item.param), companion, dtype), flat(item.grad).to(dtype)
+        g = flat(item.grad).to(dtype)
+        only_direction = work.phase == Phase.DIRECTION
+        p = torch.zeros_like(g) if only_direction else work.precision.load(flat(item.param), companion, dtype)
         p = p.clone() if keep else p
         named = {k: _as(v, p) for k, v in zip(rule.scalar_names, row.scalars, strict=True)}
         states = []
@@ -87,7 +90,7 @@ class ReferenceBackend:
             mul = mul / work.grad_scale.view(()).to(dtype)
         if work.clip is not None:
             mul = mul * work.clip.view(()).to(dtype)
-        g = g * mul + row.l2 * p
+        g = g * mul if only_direction else g * mul + row.l2 * p
         if rule.trust_on == "gradient":
             param_sq, grad_sq = work.sums[item.tensor_id].to(dtype, copy=True).unbind()
             g = g * rule.trust(param_sq, grad_sq * (mul * mul), **named)
@@ -101,7 +104,7 @@ class ReferenceBackend:
         if work.phase == Phase.APPLY:
             param_sq, update_sq = work.sums[item.tensor_id].to(dtype, copy=True).unbind()
             lr = lr * rule.trust(param_sq, update_sq, **named)
-        p = p - (lr * u + _as(row.decay, p) * p)
+        p = u if only_direction else p - (lr * u + _as(row.decay, p) * p)
 
         def random16(stream: int):
             return philox16(row.seed, row.step, item.tensor_id, n, p.device, stream)
@@ -120,6 +123,9 @@ class ReferenceBackend:
             flat(stored).copy_(x)
             if scale is not None:
                 scale.copy_(new_scale)
+
+    def apply_matrix(self, work: MatrixWork) -> bool:
+        return apply_matrix(work, self.dtype)
 
     def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
         stored, largest = form.encode(x, signed)

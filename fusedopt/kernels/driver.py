@@ -22,6 +22,7 @@ FUSED = tl.constexpr(0)
 PROBE = tl.constexpr(1)
 APPLY = tl.constexpr(2)
 NORM = tl.constexpr(3)
+DIRECTION_ONLY = tl.constexpr(4)
 HEAD = tl.constexpr(8)
 
 
@@ -59,7 +60,10 @@ def step_tile(
     whole = left == TILE
     p_at = p_row + first
     c_at = None if c_row is None else c_row + first
-    p = load_param(p_at, c_at, local, inside, whole, PRECISION, ALIGNED)
+    if PHASE == DIRECTION_ONLY:
+        p = tl.zeros((TILE_ROWS, 256), tl.float32)
+    else:
+        p = load_param(p_at, c_at, local, inside, whole, PRECISION, ALIGNED)
     g = widen(load_stream(g_row + first, local, inside, whole, 0.0, ALIGNED))
     if F0 >= 0:
         s0 = load_state(p0, a0, tile, local, inside, whole, left, F0, ALIGNED)
@@ -70,7 +74,7 @@ def step_tile(
     if F3 >= 0:
         s3 = load_state(p3, a3, tile, local, inside, whole, left, F3, ALIGNED)
 
-    g = (g * mul + l2 * p) * q
+    g = g * mul if PHASE == DIRECTION_ONLY else (g * mul + l2 * p) * q
     if F3 >= 0:
         u, s0, s1, s2, s3 = DIRECTION(g, p, s0, s1, s2, s3, c)
     elif F2 >= 0:
@@ -103,7 +107,9 @@ def step_tile(
             store_state(
                 s3, p3, a3, tile, local, inside, whole, left, seed, step, tensor, 4, F3, ALIGNED
             )  # fmt: skip
-        p = p - (lr * u + decay * p)  # one rounding of p: a decay below half an ulp is not lost on its own
+        p = (
+            u if PHASE == DIRECTION_ONLY else p - (lr * u + decay * p)
+        )  # one rounding of p: a decay below half an ulp is not lost on its own
         store_param(p, p_at, c_at, tile, local, inside, whole, seed, step, tensor, PRECISION, ALIGNED)
 
 
@@ -167,7 +173,7 @@ def step_kernel(
     p_row = row_pointer(table, 1, rows, row, PARAM, 16 if ALIGNED else 1)
     g_row = row_pointer(table, 0, rows, row, GRAD, 16 if ALIGNED else 1)
     stop = tl.minimum((tile + tiles) * TILE, numel)
-    if found_inf is not None and (PHASE == FUSED or PHASE == APPLY):
+    if found_inf is not None and (PHASE != PROBE and PHASE != NORM):
         stop = tl.where(tl.load(found_inf) != 0.0, 0, stop)
     if PHASE == PROBE or PHASE == NORM:
         grain = partials + tl.load(table + 12 * rows + row) * 2

@@ -1,0 +1,147 @@
+"""Projection: which low-rank space a matrix's gradient is stepped in; Site: one projected parameter of a plan.
+
+A projected matrix W with gradient G is stepped in four moves: refresh of the projector where it is due, R = project(G), the
+rule's direction U of R with states shaped like R (one launch for all projected tensors), and W <- W - (lr U_back + decay W),
+a matrix product whose epilogue is the parameter update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+
+from fusedopt.backends.base import MatrixWork
+from fusedopt.memory import flat, is_dense
+from fusedopt.projections import ops
+from fusedopt.states import option_overrides
+
+SIDES = ("std", "reverse_std", "left", "right")
+
+
+def matrix_shape(p: torch.Tensor) -> tuple[int, int] | None:
+    """(rows, cols) of a tensor as a matrix in memory order: its slowest dimension against all others. None: it is none.
+
+    A transposed matrix is the matrix of its storage; a convolution weight (out, in, h, w) is (out, in h w), channels_last
+    with its columns in another order.
+    """
+    if p.dim() < 2 or not p.numel():
+        return None
+    if not is_dense(p) or p.is_contiguous():
+        return p.shape[0], p.numel() // p.shape[0]
+    rows = p.shape[max(range(p.dim()), key=lambda d: (p.shape[d] != 1, p.stride(d)))]
+    return rows, p.numel() // rows
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How gradients of matrices are projected: an immutable description, shared by all parameters of a group.
+
+    Subclasses add options, the tensors they keep per parameter (`tensors`) and a Site, which does the work.
+    """
+
+    name: ClassVar[str]
+    site: ClassVar[type]
+
+    def describe(self) -> dict:
+        """Its name and options as plain values, as a state dict holds them."""
+        return {"name": self.name, **asdict(self)}
+
+    def refuses(self, p: torch.Tensor) -> str | None:
+        """Why a parameter is stepped without projection, or None."""
+        shape = matrix_shape(p)
+        if shape is None:
+            return f"{p.dim()}-D tensors are not projected"
+        rank = self.rank_for(shape)
+        return f"rank {rank} does not reduce a {shape[0]} x {shape[1]} matrix" if rank >= min(shape) else None
+
+    def rank_for(self, shape: tuple[int, int]) -> int:
+        raise TypeError(f"{type(self).__name__} does not say its rank")
+
+    def side_for(self, shape: tuple[int, int]) -> str:
+        """ "left": R = P^T G is [rank, cols]; "right": R = G P^T is [rows, rank]."""
+        raise TypeError(f"{type(self).__name__} does not say its side")
+
+    def state_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of the rule's states for a matrix."""
+        rank = self.rank_for(shape)
+        return (rank, shape[1]) if self.side_for(shape) == "left" else (shape[0], rank)
+
+    def tensors(self, p: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is kept in a parameter's state beside the rule's states."""
+        return {}
+
+
+def configured(p: torch.Tensor, group: dict) -> Projection | None:
+    """The projection that steps a parameter: its override, else the group's, where it takes the tensor."""
+    chosen = option_overrides(p).get("projection", group.get("projection"))
+    return chosen if chosen is not None and chosen.refuses(p) is None else None
+
+
+def states_like(p: torch.Tensor, projection: Projection | None) -> torch.Tensor:
+    """A tensor whose shape, dtype, device and layout the states of a parameter take: p itself where nothing is projected."""
+    if projection is None:
+        return p
+    return torch.empty(projection.state_shape(matrix_shape(p)), dtype=p.dtype, device=p.device)
+
+
+def basis_dtype(p: torch.Tensor) -> torch.dtype:
+    """Projectors are bf16 for bf16 parameters; fp16 would overflow under a loss scale."""
+    return p.dtype if p.dtype in (torch.bfloat16, torch.float64) else torch.float32
+
+
+def check_side(side: str) -> None:
+    if side not in SIDES:
+        raise ValueError(f"Invalid projection side: {side!r}; it is one of {', '.join(SIDES)}")
+
+
+def resolve_side(side: str, shape: tuple[int, int]) -> str:
+    """GaLore's convention: "std" projects the longer side away on the right where rows >= cols."""
+    if side in ("left", "right"):
+        return side
+    return "right" if (shape[0] >= shape[1]) == (side == "std") else "left"
+
+
+def check_positive_int(value, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Invalid {what}: {value!r}; it must be a positive integer")
+
+
+class Site:
+    """One projected parameter of a plan: its buffers, and the work before and after the launch of directions.
+
+    Attributes: shape (rows, cols), side, rank; `projected` (R) and `update` (U), low-rank buffers that live as long as the
+    plan; entry, the parameter's state dict; offset, by how many steps its refreshes come later than those of the first.
+    """
+
+    def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,
+                 seed: int, place: tuple[int, int]):  # fmt: skip
+        """place: its index among the projected parameters of the optimizer, and their number."""
+        self.projection, self.entry, self.tensor_id, self.seed = projection, entry, tensor_id, seed
+        self.place = place
+        self.shape = matrix_shape(p)
+        self.side, self.rank = projection.side_for(self.shape), projection.rank_for(self.shape)
+        low_rank = projection.state_shape(self.shape)
+        wide = torch.float64 in (p.dtype, grad_dtype)
+        self.basis_dtype = torch.float64 if wide else basis_dtype(p)
+        self.projected = torch.empty(low_rank, dtype=ops.projected_dtype(grad_dtype, self.basis_dtype), device=p.device)
+        self.update = torch.empty(low_rank, dtype=self.basis_dtype, device=p.device)
+
+    def matrix(self, t: torch.Tensor) -> torch.Tensor:
+        """A dense tensor of the parameter's layout as [rows, cols]."""
+        return flat(t).view(self.shape)
+
+    def before(self, grad: torch.Tensor, step: int, ready) -> None:
+        """Refreshes where it is due and fills `projected`. grad: [rows, cols]; step: from 1; ready: the slot's states."""
+        raise TypeError("a Site says how it projects")
+
+    counting = None  # sites of one group and step count share a scalar row if they agree in this
+
+    def rule_step(self, step):
+        """The step count that the rule's bias corrections see."""
+        return step
+
+    def work(self, base: MatrixWork) -> MatrixWork:
+        """The update from `update`, completed from a work that has everything about the parameter."""
+        raise TypeError("a Site says how it projects back")

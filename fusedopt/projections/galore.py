@@ -1,0 +1,110 @@
+"""GaLore: Zhao et al., "Memory-Efficient LLM Training by Gradient Low-Rank Projection" (arXiv 2403.03507), algorithm 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fusedopt.backends.base import MatrixWork
+from fusedopt.options import check_nonnegative
+from fusedopt.projections import base, ops
+from fusedopt.projections.subspace import random_basis, refresh_basis, svd_basis
+
+METHODS = ("randomized", "svd", "random")
+
+
+class BasisSite(base.Site):
+    """A site whose projector is a basis of the gradient's dominant subspace, kept dense in the state."""
+
+    def basis(self) -> torch.Tensor:
+        """The projector: [rows, rank] with orthonormal columns (left) or [rank, cols] with orthonormal rows (right)."""
+        return self.entry["projector"]
+
+    def due(self, step: int) -> bool:
+        every = self.projection.update_every
+        index, count = self.place
+        offset = index * every // count if self.projection.stagger else 0
+        return step == 1 or (step - 1) % every == offset
+
+    def set_basis(self, basis: torch.Tensor) -> None:
+        self.entry["projector"].copy_(basis)
+
+    def fresh_basis(self, grad: torch.Tensor, step: int) -> torch.Tensor:
+        """The new basis. A gradient that is all zero or not finite leaves the old one."""
+        method, old = self.projection.method, None if step == 1 else self.basis()
+        if method == "random":
+            return random_basis(self.shape, self.rank, self.side, self.seed, self.tensor_id, step, grad.device)
+        if method == "svd":
+            return svd_basis(grad, self.rank, self.side, old)
+        keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
+        return refresh_basis(grad, self.rank, self.side, old, **keys)[0]
+
+    def before(self, grad: torch.Tensor, step: int, slot) -> None:
+        if self.due(step):
+            self.set_basis(self.fresh_basis(grad, step))
+            self.refreshed(slot, step)
+        ops.project(slot.key.backend, grad, self.basis(), self.side, self.projected)
+
+    def refreshed(self, slot, step: int) -> None:
+        """What becomes of the states when the basis has changed: they stay, as in the paper."""
+
+    def pair(self, low_rank: torch.Tensor) -> tuple:
+        """The two factors whose product projects a low-rank matrix back."""
+        basis = self.basis()
+        if basis.dtype != low_rank.dtype:
+            low_rank = low_rank.to(basis.dtype)
+        return (basis, low_rank) if self.side == "left" else (low_rank, basis)
+
+    def work(self, base: MatrixWork) -> MatrixWork:
+        left, right = self.pair(self.update)
+        return replace(base, left=left, right=right, scale=self.projection.scale)
+
+
+@dataclass(frozen=True)
+class GaLore(base.Projection):
+    """Steps matrices in a low-rank subspace of their gradients, refreshed now and then; states have the subspace's shape.
+
+    Args:
+        rank: dimension of the subspace; matrices whose smaller side is no larger are stepped as they are.
+        update_every: steps between refreshes of a matrix's subspace.
+        scale: of the projected-back update (the paper's alpha).
+        side: "std" projects the larger side of a matrix away ("right" for rows >= cols), "reverse_std" the other,
+            "left" and "right" always that one.
+        method: "randomized" (range finder of Halko et al. 2011 with warm start), "svd" (full, the paper's) or "random".
+        stagger: spread the refreshes of many matrices over the steps instead of refreshing all at once.
+
+    Weight decay acts on the full matrix and must be decoupled. Raises ValueError for options out of range.
+    Source: arXiv 2403.03507, algorithm 2. The states are neither reset nor rotated at a refresh, as there.
+    """
+
+    name: ClassVar[str] = "galore"
+    site: ClassVar[type] = BasisSite
+
+    rank: int = 128
+    update_every: int = 200
+    scale: float = 0.25
+    side: str = "std"
+    method: str = "randomized"
+    stagger: bool = True
+
+    def __post_init__(self):
+        base.check_positive_int(self.rank, "rank")
+        base.check_positive_int(self.update_every, "update_every")
+        check_nonnegative(self.scale, "projection scale")
+        base.check_side(self.side)
+        if self.method not in METHODS:
+            raise ValueError(f"Invalid projection method: {self.method!r}; it is one of {', '.join(METHODS)}")
+
+    def rank_for(self, shape):
+        return min(self.rank, *shape)
+
+    def side_for(self, shape):
+        return base.resolve_side(self.side, shape)
+
+    def tensors(self, p):
+        rows, cols = shape = base.matrix_shape(p)
+        rank = self.rank_for(shape)
+        basis = (rows, rank) if self.side_for(shape) == "left" else (rank, cols)
+        return {"projector": (basis, base.basis_dtype(p))}
