@@ -107,9 +107,10 @@ def step_tile(
             store_state(
                 s3, p3, a3, tile, local, inside, whole, left, seed, step, tensor, 4, F3, ALIGNED
             )  # fmt: skip
-        p = (
-            u if PHASE == DIRECTION_ONLY else p - (lr * u + decay * p)
-        )  # one rounding of p: a decay below half an ulp is not lost on its own
+        if PHASE == DIRECTION_ONLY:
+            p = u
+        else:  # one rounding of p: a decay below half an ulp is not lost on its own
+            p = p - (lr * u + decay * p)
         store_param(p, p_at, c_at, tile, local, inside, whole, seed, step, tensor, PRECISION, ALIGNED)
 
 
