@@ -35,6 +35,7 @@ class Slot:
     key: BucketKey | None = None
     reasons: list[str] = field(default_factory=list)
     row: int = 0
+    plain_row: int = 0  # a site's second scalar row, for launches over updates
 
     @property
     def target(self) -> torch.Tensor:

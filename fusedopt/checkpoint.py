@@ -14,7 +14,7 @@ from fusedopt.conversion import convert, for_loading, to_bitsandbytes
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS
-from fusedopt.projections.base import configured, states_like
+from fusedopt.projections.base import states_like
 from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
 
 __all__ = ["convert", "prepare", "to_bitsandbytes", "to_torch"]
@@ -33,7 +33,7 @@ def to_torch(opt, native: dict) -> dict:
         _, group = indices[index]
         rule = opt.rule_for(group)
         converted = {"step": entry["step"].clone()} if opt.torch_counts_steps else {}
-        if configured(indices[index][0], group) is not None:
+        if opt.projection_for(indices[index][0], group) is not None:
             raise ValueError(
                 f"{describe(type(opt).__name__, index, indices[index][0])}: its states are projected and have no torch.optim "
                 "form. Use state_dict()."
@@ -55,7 +55,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]
     stepped = bool(rule.states) and float(entry.get("step", 0)) > 0
-    projection = configured(p, group)
+    projection = opt.projection_for(p, group)
     kept = {} if projection is None else projection.tensors(p)
     like = states_like(p, projection)
     if _others(rule, entry, kept) or missing and (present or stepped):

@@ -20,6 +20,7 @@ class Row:
     decay_mode: str
     step: int
     view: torch.Tensor | None = None
+    plain: bool = False  # of a launch over updates, which are neither unscaled nor negated
     site: object | None = None  # counts steps for the rule in its own way (a projection that resets states)
 
 
@@ -33,8 +34,8 @@ def _numbers(row: Row, h: dict, step, lr) -> RowNumbers:
     return RowNumbers(
         lr=lr,
         decay=lr * weight_decay if row.decay_mode == "decoupled" else 0.0,
-        l2=weight_decay if row.decay_mode == "coupled" else 0.0,
-        grad_sign=-1.0 if h["maximize"] else 1.0,
+        l2=weight_decay if row.decay_mode == "coupled" and not row.plain else 0.0,
+        grad_sign=-1.0 if h["maximize"] and not row.plain else 1.0,
         seed=h["seed"],
         step=step,
         scalars=row.rule.scalars(h, counted),

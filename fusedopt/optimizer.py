@@ -114,6 +114,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The rule that steps a group, chosen by its flags."""
         raise TypeError(f"{cls.__name__} does not say which rule steps a group: define rule_for(group)")
 
+    def projection_for(self, p: torch.Tensor, group: dict) -> Projection | None:
+        """How a parameter's gradient is projected, or None."""
+        return configured(p, group)
+
     # Pickling, copying and loading
 
     _plan: Plan | None = None
@@ -189,7 +193,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         entry = self.state[p]
         if "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
-        projection = configured(p, group)
+        projection = self.projection_for(p, group)
         like = states_like(p, projection)
         formats = st.configured_formats(like, group, rule, p)
         for state, form in zip(rule.states, formats, strict=True):

@@ -21,7 +21,7 @@ from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
 from fusedopt.precision import get_precision
-from fusedopt.projections.base import configured, states_like
+from fusedopt.projections.base import states_like
 from fusedopt.projections.steps import ProjectedSteps
 
 
@@ -38,10 +38,10 @@ class DevicePlan:
         self._bind_steps(opt)
         by_key: dict[BucketKey, list[Slot]] = {}
         for slot in slots:
-            if slot.param.numel():
+            if slot.param.numel() and (slot.site is None or slot.site.launched):
                 by_key.setdefault(slot.key, []).append(slot)
         self.buckets = _buckets(by_key)
-        self.projected = ProjectedSteps([s for s in slots if s.site is not None], self.scalars)
+        self.projected = ProjectedSteps([s for s in slots if s.site is not None], self.scalars, opt.param_groups)
         self.wholes: list[Bucket] = []  # of projected slots: the global norm is that of their full gradients
         if opt.clip_grad_norm is not None:
             by_key = {}
@@ -83,8 +83,16 @@ class DevicePlan:
                 if place not in known:
                     known[place] = len(rows)
                     view = counter[i] if on_device else None
-                    rows.append(Row(slot.group, slot.rule, opt.decay_mode, count, view, slot.site))
+                    rows.append(Row(slot.group, slot.rule, opt.decay_mode, count, view, site=slot.site))
                 slot.row = known[place]
+                if slot.site is not None and slot.site.plain_rule is not None:
+                    place = (slot.group, count, "plain", slot.site.counting)
+                    if place not in known:
+                        known[place] = len(rows)
+                        view = counter[i] if on_device else None
+                        rule = slot.site.plain_rule
+                        rows.append(Row(slot.group, rule, opt.decay_mode, count, view, plain=True, site=slot.site))
+                    slot.plain_row = known[place]
             self.counters.append(counter)
         self.versions = [c._version for c in self.counters]
         self.counts_on_host = any(row.view is None for row in rows)
@@ -224,7 +232,7 @@ class Plan:
     def _make_sites(opt, slots: list[Slot]) -> None:
         """Sites of the projected slots. Their places count every projected parameter, with a gradient or without."""
         owners = [(p, group) for group in opt.param_groups for p in group["params"]]
-        chosen = [configured(p, group) for p, group in owners]
+        chosen = [opt.projection_for(p, group) for p, group in owners]
         places = {i: place for place, i in enumerate(i for i, c in enumerate(chosen) if c is not None)}
         for slot in slots:
             projection = chosen[slot.tensor_id]
@@ -232,7 +240,7 @@ class Plan:
                 group = opt.param_groups[slot.group]
                 check_projected(type(opt).__name__, opt.decay_mode, slot.tensor_id, slot.param, group)
                 slot.site = projection.site(
-                    projection, slot.work_param, slot.entry, slot.grad_dtype, slot.tensor_id, group["seed"],
+                    projection, slot.work_param, slot.entry, slot.grad_dtype, slot.tensor_id, group,
                     (places[slot.tensor_id], len(places)),
                 )  # fmt: skip
 
@@ -241,7 +249,7 @@ class Plan:
         rule = opt.rule_for(group)
         precision = configured_precision(p, group)
         entry = opt.init_state(p, group, rule)
-        projection = configured(p, group)
+        projection = opt.projection_for(p, group)
         like = states_like(p, projection)
         wanted = st.configured_formats(like, group, rule, p)
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))

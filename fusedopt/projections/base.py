@@ -112,19 +112,22 @@ class Site:
     """One projected parameter of a plan: its buffers, and the work before and after the launch of directions.
 
     Attributes: shape (rows, cols), side, rank; `projected` (R) and `update` (U), low-rank buffers that live as long as the
-    plan; entry, the parameter's state dict; offset, by how many steps its refreshes come later than those of the first.
+    plan; entry, the parameter's state dict; place: its index among the projected parameters and their number.
     """
 
+    launched = True  # whether the rule steps `projected` into `update` in the launch of directions
+    plain_rule = None  # of a second scalar row, for launches over updates (slot.plain_row)
+    counting = None  # sites of one group and step count share a scalar row if they agree in this
+
     def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,
-                 seed: int, place: tuple[int, int]):  # fmt: skip
-        """place: its index among the projected parameters of the optimizer, and their number."""
-        self.projection, self.entry, self.tensor_id, self.seed = projection, entry, tensor_id, seed
-        self.place = place
+                 group: dict, place: tuple[int, int]):  # fmt: skip
+        self.projection, self.entry, self.tensor_id, self.place = projection, entry, tensor_id, place
+        self.seed = group["seed"]
         self.shape = matrix_shape(p)
-        self.side, self.rank = projection.side_for(self.shape), projection.rank_for(self.shape)
-        low_rank = projection.state_shape(self.shape)
         wide = torch.float64 in (p.dtype, grad_dtype)
         self.basis_dtype = torch.float64 if wide else basis_dtype(p)
+        self.side, self.rank = projection.side_for(self.shape), projection.rank_for(self.shape)
+        low_rank = projection.state_shape(self.shape)
         self.projected = torch.empty(low_rank, dtype=ops.projected_dtype(grad_dtype, self.basis_dtype), device=p.device)
         self.update = torch.empty(low_rank, dtype=self.basis_dtype, device=p.device)
 
@@ -132,15 +135,17 @@ class Site:
         """A dense tensor of the parameter's layout as [rows, cols]."""
         return flat(t).view(self.shape)
 
-    def before(self, grad: torch.Tensor, step: int, ready) -> None:
-        """Refreshes where it is due and fills `projected`. grad: [rows, cols]; step: from 1; ready: the slot's states."""
+    def rule_step(self, step):
+        """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""
+        return step
+
+    def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
+        """Refreshes where it is due and fills `projected`. grad: [rows, cols]; step: from 1; steps: the ProjectedSteps."""
         raise TypeError("a Site says how it projects")
 
-    counting = None  # sites of one group and step count share a scalar row if they agree in this
-
-    def rule_step(self, step):
-        """The step count that the rule's bias corrections see."""
-        return step
+    def after(self, grad: torch.Tensor, slot, steps) -> None:
+        """Updates the parameter."""
+        ops.apply(slot.key.backend, self.work(steps.work(slot, grad)))
 
     def work(self, base: MatrixWork) -> MatrixWork:
         """The update from `update`, completed from a work that has everything about the parameter."""

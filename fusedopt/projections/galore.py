@@ -41,7 +41,7 @@ class BasisSite(base.Site):
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
         return refresh_basis(grad, self.rank, self.side, old, **keys)[0]
 
-    def before(self, grad: torch.Tensor, step: int, slot) -> None:
+    def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         if self.due(step):
             self.set_basis(self.fresh_basis(grad, step))
             self.refreshed(slot, step)

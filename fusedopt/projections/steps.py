@@ -5,35 +5,45 @@ from __future__ import annotations
 import torch
 
 from fusedopt.backends.base import MatrixWork
-from fusedopt.projections import ops
 
 
 class ProjectedSteps:
     """The projected slots of one device, in parameter order."""
 
-    def __init__(self, slots: list, scalars):
-        self.slots, self.scalars = slots, scalars
+    def __init__(self, slots: list, scalars, groups: list[dict]):
+        self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
 
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:
         """Called before every step: the loss scale, the overflow flag and the clip coefficient, fp32 [1] or None."""
         self.scale, self.found, self.clip = grad_scale, found_inf, clip
 
+    def step_of(self, slot) -> int:
+        """The step count of this step, on the host."""
+        return self.scalars.rows[slot.row].step
+
+    def multiplier(self, slot):
+        """What gradients are multiplied by: a number, or with a loss scale or clipping an fp32 0-dim tensor."""
+        mul = self.scalars.numbers[slot.row].grad_sign
+        if self.scale is not None:
+            mul = mul / self.scale.view(())
+        return mul if self.clip is None else mul * self.clip.view(())
+
     def before(self, grads: list[torch.Tensor]) -> None:
         """Fills the low-rank gradients. grads: of all slots, by position."""
         for slot in self.slots:
-            step = self.scalars.rows[slot.row].step
-            slot.site.before(slot.site.matrix(grads[slot.position]), step, slot)
+            slot.site.before(slot.site.matrix(grads[slot.position]), self.step_of(slot), slot, self)
 
     def after(self, grads: list[torch.Tensor]) -> None:
         """Updates the parameters from the low-rank directions."""
         for slot in self.slots:
-            ops.apply(slot.key.backend, slot.site.work(self._work(slot, grads[slot.position])))
+            slot.site.after(slot.site.matrix(grads[slot.position]), slot, self)
 
-    def _work(self, slot, grad: torch.Tensor) -> MatrixWork:
+    def work(self, slot, grad: torch.Tensor) -> MatrixWork:
+        """The work of a slot's update, without the update itself."""
         matrix, companion = slot.site.matrix, slot.companion
         return MatrixWork(
             matrix(slot.work_param), None if companion is None else matrix(companion), slot.precision, None, None,
-            self.scalars.table[slot.row], self.scalars.numbers[slot.row], slot.tensor_id, grad=matrix(grad),
+            self.scalars.table[slot.row], self.scalars.numbers[slot.row], slot.tensor_id, grad=grad,
             grad_scale=self.scale, clip=self.clip, found_inf=self.found,
         )  # fmt: skip
