@@ -73,7 +73,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
         if state.name in entry:
             _check_state(what, like, entry, state.name)
             _take(like, out, entry, state, form)
-    _take_kept(what, p, kept, entry, out, stepped)
+    _take_kept(what, p, kept, () if projection is None else projection.on_host(), entry, out, stepped)
     _take_companion(what, p, group, entry, out)
     return out
 
@@ -161,7 +161,9 @@ def _take_companion(what: str, p: torch.Tensor, group: dict, entry: dict, out: d
     bind(p, out, precision)
 
 
-def _take_kept(what: str, p: torch.Tensor, kept: dict, entry: dict, out: dict, stepped: bool) -> None:
+def _take_kept(
+    what: str, p: torch.Tensor, kept: dict, on_host: tuple[str, ...], entry: dict, out: dict, stepped: bool
+) -> None:
     """What a projection keeps: tensors of a given shape and dtype."""
     for name, (shape, dtype) in kept.items():
         tensor = entry.get(name)
@@ -173,7 +175,8 @@ def _take_kept(what: str, p: torch.Tensor, kept: dict, entry: dict, out: dict, s
                 f"{what}: the loaded {name!r} is {found}, the projection keeps one of shape {shape}. Load a state dict of "
                 "the same model and projection."
             )
-        out[name] = torch.empty(shape, dtype=dtype, device=p.device).copy_(tensor)
+        device = "cpu" if name in on_host else p.device
+        out[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
 
 
 def _others(rule, entry: dict, kept) -> list[str]:

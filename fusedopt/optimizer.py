@@ -202,7 +202,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if projection is not None:
             for name, (shape, dtype) in projection.tensors(p).items():
                 if name not in entry:
-                    entry[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+                    device = "cpu" if name in projection.on_host() else p.device
+                    entry[name] = torch.zeros(shape, dtype=dtype, device=device)
         masters.bind(p, entry, masters.configured_precision(p, group))
         return entry
 

@@ -69,8 +69,12 @@ class Projection:
         return (rank, shape[1]) if self.side_for(shape) == "left" else (shape[0], rank)
 
     def tensors(self, p: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of what is kept in a parameter's state beside the rule's states."""
+        """Shape and dtype of what is kept in a parameter's state beside the rule's states, zero at the start."""
         return {}
+
+    def on_host(self) -> tuple[str, ...]:
+        """The names among them that lie in host memory whatever the parameter's device: a schedule's integers."""
+        return ()
 
 
 def configured(p: torch.Tensor, group: dict) -> Projection | None:
@@ -134,6 +138,17 @@ class Site:
     def matrix(self, t: torch.Tensor) -> torch.Tensor:
         """A dense tensor of the parameter's layout as [rows, cols]."""
         return flat(t).view(self.shape)
+
+    @property
+    def offset(self) -> int:
+        """By how many steps its refreshes come later than those of the first projected parameter."""
+        index, count = self.place
+        every = self.projection.update_every
+        return index * every // count if self.projection.stagger else 0
+
+    def due(self, step: int) -> bool:
+        """Whether the projector is refreshed at a step: at the first one, and every `update_every` from its offset on."""
+        return step == 1 or (step - 1) % self.projection.update_every == self.offset
 
     def rule_step(self, step):
         """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""

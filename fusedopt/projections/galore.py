@@ -22,29 +22,28 @@ class BasisSite(base.Site):
         """The projector: [rows, rank] with orthonormal columns (left) or [rank, cols] with orthonormal rows (right)."""
         return self.entry["projector"]
 
-    def due(self, step: int) -> bool:
-        every = self.projection.update_every
-        index, count = self.place
-        offset = index * every // count if self.projection.stagger else 0
-        return step == 1 or (step - 1) % every == offset
-
     def set_basis(self, basis: torch.Tensor) -> None:
         self.entry["projector"].copy_(basis)
 
-    def fresh_basis(self, grad: torch.Tensor, step: int) -> torch.Tensor:
-        """The new basis. A gradient that is all zero or not finite leaves the old one."""
+    def fresh_basis(self, grad: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The new basis and, where it is a by-product, the projected gradient. A gradient that is all zero or not finite
+        leaves the old one."""
         method, old = self.projection.method, None if step == 1 else self.basis()
-        if method == "random":
-            return random_basis(self.shape, self.rank, self.side, self.seed, self.tensor_id, step, grad.device)
-        if method == "svd":
-            return svd_basis(grad, self.rank, self.side, old)
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
-        return refresh_basis(grad, self.rank, self.side, old, **keys)[0]
+        if method == "random":
+            return random_basis(self.shape, self.rank, self.side, device=grad.device, **keys), None
+        if method == "svd":
+            return svd_basis(grad, self.rank, self.side, old), None
+        return refresh_basis(grad, self.rank, self.side, old, **keys)
 
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         if self.due(step):
-            self.set_basis(self.fresh_basis(grad, step))
+            basis, projected = self.fresh_basis(grad, step)
+            self.set_basis(basis)
             self.refreshed(slot, step)
+            if projected is not None and projected.dtype == self.basis_dtype == self.projected.dtype:
+                self.projected.copy_(projected)
+                return
         ops.project(slot.key.backend, grad, self.basis(), self.side, self.projected)
 
     def refreshed(self, slot, step: int) -> None:
