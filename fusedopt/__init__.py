@@ -7,7 +7,7 @@ from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
-from fusedopt.projections import GaLore, list_projections
+from fusedopt.projections import DCT, Apollo, ApolloMini, Frugal, GaLore, QGaLore, list_projections
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.rule import list_rules
 from fusedopt.states import override, state_bytes
@@ -23,13 +23,18 @@ from fusedopt.rules.sgd import SGD  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "DCT",
     "LAMB",
     "LARS",
     "SGD",
     "Adam",
     "AdamW",
+    "Apollo",
+    "ApolloMini",
+    "Frugal",
     "FusedOptimizer",
     "GaLore",
+    "QGaLore",
     "Lion",
     "clip_grad_norm_",
     "create",

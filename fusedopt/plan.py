@@ -23,6 +23,7 @@ from fusedopt.numbers import Row, ScalarTable
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import states_like
 from fusedopt.projections.steps import ProjectedSteps
+from fusedopt.rule import get_rule
 
 
 def _buckets(by_key: dict[BucketKey, list[Slot]]) -> list[Bucket]:
@@ -90,7 +91,7 @@ class DevicePlan:
                     if place not in known:
                         known[place] = len(rows)
                         view = counter[i] if on_device else None
-                        rule = slot.site.plain_rule
+                        rule = get_rule(slot.site.plain_rule)
                         rows.append(Row(slot.group, rule, opt.decay_mode, count, view, plain=True, site=slot.site))
                     slot.plain_row = known[place]
             self.counters.append(counter)

@@ -112,6 +112,30 @@ def check_positive_int(value, what: str) -> None:
         raise ValueError(f"Invalid {what}: {value!r}; it must be a positive integer")
 
 
+def reset_states(slot) -> None:
+    """Zeroes the rule's states of a slot, in their formats."""
+    for state, form, stored, scale in zip(
+        slot.rule.states, slot.formats, slot.state_tensors, slot.scale_tensors, strict=True
+    ):
+        stored.fill_(form.zero_code(state.signed))
+        if scale is not None:
+            scale.zero_()
+
+
+def change_states(slot, like: torch.Tensor, change) -> None:
+    """Replaces each of a slot's states x, shaped like `like`, by change(x), in its format."""
+    for state, form, stored, scale in zip(
+        slot.rule.states, slot.formats, slot.state_tensors, slot.scale_tensors, strict=True
+    ):
+        wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        x = form.decode(stored.reshape(-1), scale, state.signed, wide, like.numel()).view(like.shape)
+        x = change(x).reshape(-1)
+        codes, new_scale = form.encode(x, state.signed) if form.block else (x, None)
+        stored.copy_(codes.view(stored.shape))
+        if scale is not None:
+            scale.copy_(new_scale)
+
+
 class Site:
     """One projected parameter of a plan: its buffers, and the work before and after the launch of directions.
 
@@ -120,7 +144,7 @@ class Site:
     """
 
     launched = True  # whether the rule steps `projected` into `update` in the launch of directions
-    plain_rule = None  # of a second scalar row, for launches over updates (slot.plain_row)
+    plain_rule: str | None = None  # of a second scalar row, for launches over updates (slot.plain_row)
     counting = None  # sites of one group and step count share a scalar row if they agree in this
 
     def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,

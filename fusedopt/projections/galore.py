@@ -18,9 +18,15 @@ METHODS = ("randomized", "svd", "random")
 class BasisSite(base.Site):
     """A site whose projector is a basis of the gradient's dominant subspace, kept dense in the state."""
 
+    kept_exactly = True  # whether basis() is what set_basis was given
+
     def basis(self) -> torch.Tensor:
         """The projector: [rows, rank] with orthonormal columns (left) or [rank, cols] with orthonormal rows (right)."""
         return self.entry["projector"]
+
+    def old_basis(self) -> torch.Tensor:
+        """What a refresh starts from, and leaves where the gradient is no use."""
+        return self.basis()
 
     def set_basis(self, basis: torch.Tensor) -> None:
         self.entry["projector"].copy_(basis)
@@ -28,7 +34,7 @@ class BasisSite(base.Site):
     def fresh_basis(self, grad: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The new basis and, where it is a by-product, the projected gradient. A gradient that is all zero or not finite
         leaves the old one."""
-        method, old = self.projection.method, None if step == 1 else self.basis()
+        method, old = self.projection.method, None if step == 1 else self.old_basis()
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
         if method == "random":
             return random_basis(self.shape, self.rank, self.side, device=grad.device, **keys), None
@@ -41,7 +47,11 @@ class BasisSite(base.Site):
             basis, projected = self.fresh_basis(grad, step)
             self.set_basis(basis)
             self.refreshed(slot, step)
-            if projected is not None and projected.dtype == self.basis_dtype == self.projected.dtype:
+            if (
+                self.kept_exactly
+                and projected is not None
+                and projected.dtype == self.basis_dtype == self.projected.dtype
+            ):
                 self.projected.copy_(projected)
                 return
         ops.project(slot.key.backend, grad, self.basis(), self.side, self.projected)
@@ -52,7 +62,7 @@ class BasisSite(base.Site):
     def pair(self, low_rank: torch.Tensor) -> tuple:
         """The two factors whose product projects a low-rank matrix back."""
         basis = self.basis()
-        if basis.dtype != low_rank.dtype:
+        if isinstance(basis, torch.Tensor) and basis.dtype != low_rank.dtype:
             low_rank = low_rank.to(basis.dtype)
         return (basis, low_rank) if self.side == "left" else (low_rank, basis)
 

@@ -6,10 +6,14 @@ fp32 is all that is asked for and the backend has no kernel of its own, and Back
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fusedopt.backends import select
 from fusedopt.backends.base import Int4Matrix, MatrixWork
+from fusedopt.backends.reference_matrix import decode_int4
+from fusedopt.projections.selection import squared_norms
 
 
 def projected_dtype(grad_dtype: torch.dtype, basis_dtype: torch.dtype) -> torch.dtype:
@@ -26,8 +30,13 @@ def product(grad: torch.Tensor, basis: torch.Tensor, side: str, out: torch.Tenso
         torch.mm(grad, basis.t(), out=out)
 
 
-def project(backend: str, grad: torch.Tensor, basis: torch.Tensor, side: str, out: torch.Tensor) -> None:
+def project(backend: str, grad: torch.Tensor, basis: torch.Tensor | Int4Matrix, side: str, out: torch.Tensor) -> None:
     """out = basis^T grad (left; basis [rows, r]) or grad basis^T (right; basis [r, cols])."""
+    if isinstance(basis, Int4Matrix):
+        kernel = getattr(select.get_backend(backend), "project_packed", None)
+        if kernel is not None and kernel(grad, basis, side, out):
+            return
+        basis = decode_int4(basis, out.dtype)
     kernel = getattr(select.get_backend(backend), "project", None)
     if kernel is not None and kernel(grad, basis, side, out):
         return
@@ -60,8 +69,21 @@ def _plain(work: MatrixWork) -> bool:
     return (p.dtype in (torch.float32, torch.float64) or p.is_cuda) and not any(map(torch.is_tensor, numbers))
 
 
+def _unpacked(work: MatrixWork) -> MatrixWork:
+    """The work with its projector decoded: on a CPU that is faster than decoding inside the product."""
+    factors = {name: getattr(work, name) for name in ("left", "right", "grad_left", "grad_right")}
+    packed = {id(x): x for x in factors.values() if isinstance(x, Int4Matrix)}
+    if not packed:
+        return work
+    dtype = next(x.dtype for x in factors.values() if isinstance(x, torch.Tensor))
+    decoded = {key: decode_int4(x, dtype) for key, x in packed.items()}
+    return replace(work, **{name: decoded.get(id(x), x) for name, x in factors.items()})
+
+
 def apply(backend: str, work: MatrixWork) -> None:
     """Updates a parameter. See MatrixWork."""
+    if work.param.device.type == "cpu":
+        work = _unpacked(work)
     kernel = getattr(select.get_backend(backend), "apply_matrix", None)
     if kernel is not None and kernel(work):
         return
@@ -70,3 +92,17 @@ def apply(backend: str, work: MatrixWork) -> None:
         work.param.addmm_(work.left, work.right, beta=1 - work.numbers.decay, alpha=alpha)
         return
     select.get_backend("reference").apply_matrix(work)
+
+
+def square_sums(backend: str, grad: torch.Tensor, along: int | None) -> torch.Tensor:
+    """Sums of squares of a matrix in fp32 (fp64 of fp64): of each row (along=0), of each column (1), or of all (None)."""
+    rows, cols = grad.shape
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    kernel = getattr(select.get_backend(backend), "row_col_sums", None)
+    if kernel is not None and wide == torch.float32:
+        out = torch.empty(cols if along == 1 else rows, dtype=wide, device=grad.device)
+        if kernel(grad, None if along == 1 else out, out if along == 1 else None, None):
+            return out.sum() if along is None else out
+    if along is None:
+        return squared_norms(grad, "left").sum()
+    return squared_norms(grad, "right" if along == 1 else "left")

@@ -14,7 +14,9 @@ from fusedopt.projections.seeds import generator
 
 SIDES = ("left", "right")
 _FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # elsewhere torch's bf16 products are scalar loops
-_JITTER = 1 / 32  # Gaussian share of a warm start's columns: finds what is orthogonal to the old basis, costs 1e-3 of accuracy
+_JITTER = (
+    1 / 32
+)  # Gaussian share of a warm start's columns: finds what is orthogonal to the old basis, costs 1e-3 of accuracy
 
 
 def _check(shape, rank: int, side: str, what: str) -> None:

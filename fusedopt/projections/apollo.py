@@ -1,0 +1,120 @@
+"""APOLLO and APOLLO-Mini: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.05270), algorithm 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fusedopt.options import check_nonnegative
+from fusedopt.projections import base, ops
+from fusedopt.projections.subspace import gaussian_projector
+
+SCOPES = ("channel", "tensor")
+_TINY = 1e-8  # added to norms in a denominator, as in the reference implementation
+
+
+class ApolloSite(base.Site):
+    """Projects with Gaussian numbers that are drawn anew from their seed, and scales the gradient by the ratio of norms."""
+
+    def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
+        every = self.projection.update_every
+        period = (step - 1 - self.offset) // every * every + self.offset + 1  # the step this projector is of
+        keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": max(1, period)}
+        basis = gaussian_projector(self.shape, self.rank, self.side, device=grad.device, dtype=self.basis_dtype, **keys)
+        ops.project(slot.key.backend, grad, basis, self.side, self.projected)
+
+    def after(self, grad: torch.Tensor, slot, steps) -> None:
+        wide = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
+        dim = 0 if self.side == "left" else 1
+        whole = self.projection.scope == "tensor"
+        norm_of = (lambda x: x.norm()) if whole else (lambda x: x.norm(dim=dim))
+        update, projected = norm_of(self.update.to(wide)), norm_of(self.projected.to(wide))
+        mul = steps.multiplier(slot)
+        factor = update * mul / (projected * abs(mul) + _TINY)
+        squares = ops.square_sums(slot.key.backend, grad, None if whole else 1 - dim)
+        norm = (factor.square() * squares).sum().sqrt()
+        factor = factor / self._limit(norm, steps.found)
+        work = replace(steps.work(slot, grad), scale=self.projection.scale**0.5)
+        spread = factor.expand(self.shape[1 - dim]).contiguous().to(torch.float32 if wide == torch.float32 else wide)
+        if self.side == "left":
+            work.col_factor = spread
+        else:
+            work.row_factor = spread
+        ops.apply(slot.key.backend, work)
+
+    def _limit(self, norm: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
+        """The norm-growth limiter: what the update is divided by, so that its norm grows by at most its factor a step."""
+        last, growth = self.entry["update_norm"], self.projection.norm_growth
+        if growth is None:
+            return torch.ones_like(norm)
+        limit = torch.where(last > 0, (norm / (last + _TINY) / growth).clamp(min=1.0), torch.ones_like(norm))
+        new = norm / limit
+        if found is not None:
+            new = torch.where(found.view(()) != 0, last, new)
+        last.copy_(new)
+        return limit
+
+
+@dataclass(frozen=True)
+class Apollo(base.Projection):
+    """Scales the gradient itself, per channel or per tensor, by how the rule changes norms in a random low-rank space.
+
+    W <- W - lr sqrt(scale) G s / limiter, with s = |U_j| / |R_j| for the columns j of R = P^T G and the rule's direction U (or
+    one s for the tensor). P is Gaussian and drawn again from its seed at every step: it takes no memory.
+
+    Args:
+        rank: rows of R.
+        update_every: steps between new projectors. States are kept.
+        scale: alpha; the update is multiplied by its square root.
+        scope: "channel" (APOLLO) or "tensor" (APOLLO-Mini).
+        norm_growth: an update's norm may grow by this factor a step, at most; None for no limit.
+        side: as in `GaLore`.
+        stagger: spread the changes of projectors over the steps.
+
+    Raises ValueError for options out of range. Source: arXiv 2412.05270, algorithm 1. The limiter acts on the norm of the
+    bias-corrected update.
+    """
+
+    name: ClassVar[str] = "apollo"
+    site: ClassVar[type] = ApolloSite
+
+    rank: int = 256
+    update_every: int = 200
+    scale: float = 1.0
+    scope: str = "channel"
+    norm_growth: float | None = 1.01
+    side: str = "std"
+    stagger: bool = True
+
+    def __post_init__(self):
+        base.check_positive_int(self.rank, "rank")
+        base.check_positive_int(self.update_every, "update_every")
+        check_nonnegative(self.scale, "projection scale")
+        base.check_side(self.side)
+        if self.scope not in SCOPES:
+            raise ValueError(f"Invalid APOLLO scope: {self.scope!r}; it is one of {', '.join(SCOPES)}")
+        if self.norm_growth is not None and self.norm_growth < 1:
+            raise ValueError(f"Invalid norm_growth: {self.norm_growth}; it is at least 1, or None for no limit")
+
+    def rank_for(self, shape):
+        return min(self.rank, *shape)
+
+    def side_for(self, shape):
+        return base.resolve_side(self.side, shape)
+
+    def tensors(self, p):
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return {} if self.norm_growth is None else {"update_norm": ((), wide)}
+
+
+@dataclass(frozen=True)
+class ApolloMini(Apollo):
+    """APOLLO with rank 1 and one factor per tensor: states of (almost) no size. Arguments as in `Apollo`."""
+
+    name: ClassVar[str] = "apollo_mini"
+
+    rank: int = 1
+    scale: float = 128.0
+    scope: str = "tensor"

@@ -1,0 +1,113 @@
+"""DCT: "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models" (Modoranu et al., arXiv 2505.17967):
+the columns of one fixed cosine basis that align best with the gradient; per matrix only their numbers are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fusedopt.backends.base import MatrixWork
+from fusedopt.options import check_nonnegative
+from fusedopt.projections import base, ops
+from fusedopt.projections.dct import carry_state, dct_columns, match_indices, select_columns
+from fusedopt.projections.feedback import BITS, ErrorFeedback, error_tensors
+
+
+class DctSite(base.Site):
+    """Columns of the cosine basis, made anew from their numbers at every step."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        form = self.projection.error_feedback
+        wide = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
+        self.feedback = None if form is None else ErrorFeedback(self.shape, self.entry, form, wide)
+        self.columns: torch.Tensor | None = None
+
+    def select(self, grad, step: int, slot) -> None:
+        """New columns, and the states carried over to them: what leaves the selection is forgotten."""
+        kept = self.entry["indices"]
+        old = None if step == 1 else kept.long()
+        new = select_columns(grad, None, self.rank, self.side, self.projection.norm, old)
+        if step > 1 and self.projection.rotate:
+            source, same = match_indices(old, new)
+            base.change_states(slot, self.projected, lambda x: carry_state(x, source, same, self.side))
+        kept.copy_(new)
+
+    def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
+        if self.feedback is not None:
+            self.feedback.begin(grad, steps)
+        if self.due(step):
+            self.select(grad if self.feedback is None else self.feedback, step, slot)
+        n = self.shape[0] if self.side == "left" else self.shape[1]
+        basis = dct_columns(n, self.entry["indices"].long(), self.basis_dtype)
+        self.columns = basis if self.side == "left" else basis.t().contiguous()
+        if self.feedback is None:
+            ops.project(slot.key.backend, grad, self.columns, self.side, self.projected)
+            return
+        self.feedback.project(self.columns, self.side, self.projected)
+        self.feedback.keep(self.columns, self.side, self.projected)
+        self.feedback.end()
+
+    def work(self, base: MatrixWork) -> MatrixWork:
+        columns, self.columns = self.columns, None
+        left, right = (columns, self.update) if self.side == "left" else (self.update, columns)
+        return replace(base, left=left, right=right, scale=self.projection.scale)
+
+
+@dataclass(frozen=True)
+class DCT(base.Projection):
+    """Steps matrices in the span of `rank` columns of the orthonormal cosine basis: no singular value decomposition, and
+    4 bytes per column of state instead of a projector.
+
+    Args:
+        rank: number of columns.
+        update_every: steps between selections; 1 selects at every step, as in the paper.
+        scale: of the projected-back update.
+        norm: how alignment is measured: 1 or 2, the norm of G's coefficients for a column.
+        rotate: carry states over to a new selection: columns that stay keep theirs, new ones start at zero. Off: states stay
+            where they are, whatever column they belong to now.
+        error_feedback: add to each gradient what the last projection left out: None, "fp32", "int8" or "int4", the storage of
+            that error (full size).
+        side: as in `GaLore`.
+        stagger: spread the selections of many matrices over the steps.
+
+    Raises ValueError for options out of range. Source: arXiv 2505.17967, algorithm 1 (DCT-AdamW).
+    """
+
+    name: ClassVar[str] = "dct"
+    site: ClassVar[type] = DctSite
+
+    rank: int = 256
+    update_every: int = 1
+    scale: float = 1.0
+    norm: int = 1
+    rotate: bool = True
+    error_feedback: str | None = None
+    side: str = "std"
+    stagger: bool = True
+
+    def __post_init__(self):
+        base.check_positive_int(self.rank, "rank")
+        base.check_positive_int(self.update_every, "update_every")
+        check_nonnegative(self.scale, "projection scale")
+        base.check_side(self.side)
+        if self.norm not in (1, 2):
+            raise ValueError(f"Invalid norm: {self.norm!r}; it is 1 or 2")
+        if self.error_feedback is not None and self.error_feedback not in BITS:
+            raise ValueError(f"Invalid error_feedback: {self.error_feedback!r}; it is None or one of {', '.join(BITS)}")
+
+    def rank_for(self, shape):
+        return min(self.rank, *shape)
+
+    def side_for(self, shape):
+        return base.resolve_side(self.side, shape)
+
+    def tensors(self, p):
+        shape = base.matrix_shape(p)
+        out = {"indices": ((self.rank_for(shape),), torch.int32)}
+        if self.error_feedback is not None:
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            out |= error_tensors(shape, self.error_feedback, wide)
+        return out

@@ -1,0 +1,182 @@
+"""FRUGAL: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training"
+(arXiv 2411.07837), algorithm 1: the rule in a subspace, signSGD or SGD without states in the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fusedopt.abi import Phase
+from fusedopt.backends.base import MatrixWork
+from fusedopt.options import check_nonnegative
+from fusedopt.projections import base
+from fusedopt.projections.galore import METHODS, BasisSite
+from fusedopt.projections.pieces import PieceLaunch, Pieces
+from fusedopt.projections.selection import random_indices, squared_norms, top_indices
+from fusedopt.rule import get_rule
+
+RESIDUALS = {"sign": "sign", "sgd": "gradient", "none": None}
+SELECTIONS = ("columns", "top_columns")
+
+
+class FrugalSite(BasisSite):
+    """A basis of the subspace; the residual goes into the update through a second product."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.counting = self.offset if self.projection.reset else None
+
+    def rule_step(self, step):
+        """Steps since the last refresh, which has reset the states; from 1."""
+        if not self.projection.reset:
+            return step
+        every, since = self.projection.update_every, step - 1 - self.offset
+        restarted = since % every + 1
+        if isinstance(step, torch.Tensor):
+            return torch.where(since < 0, step, restarted)
+        return step if since < 0 else restarted
+
+    def refreshed(self, slot, step: int) -> None:
+        if self.projection.reset and step > 1:
+            base.reset_states(slot)
+
+    def work(self, base: MatrixWork) -> MatrixWork:
+        work = super().work(base)
+        residual = RESIDUALS[self.projection.residual]
+        if residual is None:
+            return work
+        left, right = self.pair(self.projected)
+        return replace(
+            work, residual=residual, residual_scale=self.projection.residual_scale, grad_left=left, grad_right=right
+        )
+
+
+class SelectionSite(FrugalSite):
+    """Whole columns (or rows) as the subspace: gathered and put back, without products."""
+
+    plain_rule = "sgd"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pieces: Pieces | None = None
+
+    @property
+    def along(self) -> int:
+        """The dimension that is selected from: columns on the right, rows on the left."""
+        return 1 if self.side == "right" else 0
+
+    def fresh_indices(self, grad: torch.Tensor, step: int) -> torch.Tensor:
+        if self.projection.method == "top_columns":
+            return top_indices(squared_norms(grad, self.side), self.rank)
+        keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
+        return random_indices(self.shape[self.along], self.rank, device=grad.device, **keys)
+
+    def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
+        indices = self.entry["indices"]
+        if self.due(step):
+            indices.copy_(self.fresh_indices(grad, step))
+            self.refreshed(slot, step)
+        self.projected.copy_(grad.index_select(self.along, indices.long()))
+
+    def _prepare(self, slot, steps) -> None:
+        self.pieces = Pieces(self.shape, self.projected.device, slot.key.backend)
+        self.scratch = self.pieces.scratch()
+        self.launch = PieceLaunch(
+            self.pieces, slot, steps.scalars, slot.plain_row, get_rule(self.plain_rule), Phase.FUSED
+        )
+
+    def after(self, grad: torch.Tensor, slot, steps) -> None:
+        if self.pieces is None:
+            self._prepare(slot, steps)
+        options, indices = self.projection, self.entry["indices"].long()
+        self.launch.use(self.scratch, None, None, steps.found)
+        update = self.update.float() * options.scale
+        if self.along == 0:  # where each row of U goes, or nowhere
+            place = torch.full((self.shape[0],), -1, dtype=torch.int64, device=grad.device)
+            place[indices] = torch.arange(self.rank, device=grad.device)
+        for i, piece in enumerate(self.pieces.pieces):
+            out = self.pieces.rows_of(piece, self.scratch)
+            self._residual(grad[piece.row : piece.stop], slot, steps, out)
+            if self.along == 1:
+                out.index_copy_(1, indices, update[piece.row : piece.stop])
+            else:
+                mine = place[piece.row : piece.stop]
+                torch.where((mine >= 0)[:, None], update[mine.clamp(min=0)], out, out=out)
+            self.launch.run(i)
+
+    def _residual(self, grad: torch.Tensor, slot, steps, out: torch.Tensor) -> None:
+        """The stateless update of a piece."""
+        if self.projection.residual == "none":
+            out.zero_()
+        elif self.projection.residual == "sign":
+            out.copy_(grad).sign_().mul_(self.projection.residual_scale * steps.scalars.numbers[slot.row].grad_sign)
+        else:
+            out.copy_(grad).mul_(steps.multiplier(slot) * self.projection.residual_scale)
+
+
+@dataclass(frozen=True)
+class Frugal(base.Projection):
+    """The rule with its states in a subspace that changes now and then, a stateless rule in the rest of the gradient.
+
+    W <- W - lr (scale P U + residual_scale sign(G - P P^T G)) with the direction U of P^T G.
+
+    Args:
+        density: share of the projected side that the subspace takes: rank = round(density * side).
+        update_every: steps between new subspaces.
+        scale: of the update in the subspace.
+        residual: what the rest of the gradient goes through: "sign" (signSGD), "sgd" or "none".
+        residual_scale: its learning rate relative to the group's.
+        method: "randomized", "svd" (dominant subspace), "random" (orthogonal), "columns" (random columns, or rows on the
+            left), "top_columns" (those with the largest gradients).
+        reset: zero the states at a new subspace and restart their bias correction.
+        side: as in `GaLore`.
+        stagger: spread the refreshes of many matrices over the steps.
+
+    Raises ValueError for options out of range. Source: arXiv 2411.07837, algorithm 1.
+    """
+
+    name: ClassVar[str] = "frugal"
+
+    density: float = 0.25
+    update_every: int = 200
+    scale: float = 1.0
+    residual: str = "sign"
+    residual_scale: float = 1.0
+    method: str = "randomized"
+    reset: bool = True
+    side: str = "std"
+    stagger: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.density < 1:
+            raise ValueError(f"Invalid density: {self.density}; it is between 0 and 1")
+        base.check_positive_int(self.update_every, "update_every")
+        check_nonnegative(self.scale, "projection scale")
+        check_nonnegative(self.residual_scale, "residual_scale")
+        base.check_side(self.side)
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"Invalid residual: {self.residual!r}; it is one of {', '.join(RESIDUALS)}")
+        if self.method not in METHODS + SELECTIONS:
+            raise ValueError(
+                f"Invalid projection method: {self.method!r}; it is one of {', '.join(METHODS + SELECTIONS)}"
+            )
+
+    @property
+    def site(self) -> type:
+        return SelectionSite if self.method in SELECTIONS else FrugalSite
+
+    def rank_for(self, shape):
+        side = shape[0] if self.side_for(shape) == "left" else shape[1]
+        return max(1, int(self.density * side + 0.5))
+
+    def side_for(self, shape):
+        return base.resolve_side(self.side, shape)
+
+    def tensors(self, p):
+        rows, cols = shape = base.matrix_shape(p)
+        rank, left = self.rank_for(shape), self.side_for(shape) == "left"
+        if self.method in SELECTIONS:
+            return {"indices": ((rank,), torch.int32)}
+        return {"projector": ((rows, rank) if left else (rank, cols), base.basis_dtype(p))}
