@@ -46,9 +46,10 @@ class ApolloSite(base.Site):
 
     def _limit(self, norm: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
         """The norm-growth limiter: what the update is divided by, so that its norm grows by at most its factor a step."""
-        last, growth = self.entry["update_norm"], self.projection.norm_growth
+        growth = self.projection.norm_growth
         if growth is None:
             return torch.ones_like(norm)
+        last = self.entry["update_norm"]
         limit = torch.where(last > 0, (norm / (last + _TINY) / growth).clamp(min=1.0), torch.ones_like(norm))
         new = norm / limit
         if found is not None:

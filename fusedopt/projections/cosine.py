@@ -25,6 +25,10 @@ class DctSite(base.Site):
         self.feedback = None if form is None else ErrorFeedback(self.shape, self.entry, form, wide)
         self.columns: torch.Tensor | None = None
 
+    def due(self, step: int) -> bool:
+        """As in the paper at every `update_every`-th step, counted from 1, and at the first one."""
+        return step == 1 or (step - self.offset) % self.projection.update_every == 0
+
     def select(self, grad, step: int, slot) -> None:
         """New columns, and the states carried over to them: what leaves the selection is forgotten."""
         kept = self.entry["indices"]

@@ -81,7 +81,8 @@ class SelectionSite(FrugalSite):
         self.projected.copy_(grad.index_select(self.along, indices.long()))
 
     def _prepare(self, slot, steps) -> None:
-        self.pieces = Pieces(self.shape, self.projected.device, slot.key.backend)
+        wide = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
+        self.pieces = Pieces(self.shape, self.projected.device, slot.key.backend, wide)
         self.scratch = self.pieces.scratch()
         self.launch = PieceLaunch(
             self.pieces, slot, steps.scalars, slot.plain_row, get_rule(self.plain_rule), Phase.FUSED
@@ -92,7 +93,7 @@ class SelectionSite(FrugalSite):
             self._prepare(slot, steps)
         options, indices = self.projection, self.entry["indices"].long()
         self.launch.use(self.scratch, None, None, steps.found)
-        update = self.update.float() * options.scale
+        update = self.update.to(self.pieces.dtype) * options.scale
         if self.along == 0:  # where each row of U goes, or nowhere
             place = torch.full((self.shape[0],), -1, dtype=torch.int64, device=grad.device)
             place[indices] = torch.arange(self.rank, device=grad.device)

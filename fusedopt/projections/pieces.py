@@ -34,9 +34,10 @@ class Piece(NamedTuple):
 
 
 class Pieces:
-    """The pieces of a matrix [rows, cols] and its scratch buffers (flat fp32, as long as the longest piece)."""
+    """The pieces of a matrix [rows, cols] and its scratch buffers (flat, as long as the longest piece)."""
 
-    def __init__(self, shape: tuple[int, int], device: torch.device, backend: str):
+    def __init__(self, shape: tuple[int, int], device: torch.device, backend: str, dtype: torch.dtype = torch.float32):
+        self.dtype = dtype
         self.shape, self.device, self.backend = shape, device, select.get_backend(backend)
         rows, cols = shape
         n = rows * cols
@@ -54,7 +55,7 @@ class Pieces:
         return max(unit, most // unit * unit)
 
     def scratch(self) -> torch.Tensor:
-        return torch.empty(self.room, dtype=torch.float32, device=self.device)
+        return torch.empty(self.room, dtype=self.dtype, device=self.device)
 
     def rows_of(self, piece: Piece, scratch: torch.Tensor) -> torch.Tensor:
         """The part of a scratch buffer that holds a piece's rows, [stop - row, cols]."""

@@ -37,15 +37,17 @@ class DctAdamW:
                              lr=lr, betas=betas, eps=eps, decay=weight_decay, side=side)  # fmt: skip
 
     def _keep_error(self, e):
-        if self.feedback in (4, 8):
-            codes, low, unit = quantize_rows(e, self.feedback)
+        if self.feedback in (4, 8):  # by rows of the parameter, of which e may be the transpose
+            codes, low, unit = quantize_rows(e.T if self.mirrored else e, self.feedback)
             e = codes * unit + low
+            e = e.T if self.mirrored else e
         self.error = e
 
     def step(self, p, g, indices=None):
         self.t += 1
         side = self.side or side_of(p.shape)
-        if side == "left":  # the same on the transpose
+        self.mirrored = side == "left"
+        if self.mirrored:  # the same on the transpose
             mirrored = p.T.clone()
             self._step(mirrored, g.T, indices)
             p.copy_(mirrored.T)
