@@ -9,15 +9,21 @@ from fusedopt.states import option_overrides
 def bytes_per_step(bucket, phase: Phase) -> float:
     """Bytes a launch must move: every stream once per read and once per write."""
     key, rule = bucket.key, bucket.slots[0].rule
-    n = sum(s.param.numel() for s in bucket.slots)
+    n = sum(s.target.numel() for s in bucket.slots)
     p, g = key.param_dtype.itemsize, key.grad_dtype.itemsize
     states = sum(f.bytes_per_element for f in bucket.slots[0].formats)
+    if phase == Phase.DIRECTION:  # the update takes the parameter's place and is not read
+        return n * (g + p + 2 * states)
     if phase == Phase.NORM:
         return n * (g + (p if rule.trust_on == "gradient" else 0))
     precision = bucket.slots[0].precision
     companion = precision.companion_dtype(key.param_dtype).itemsize if precision.companion else 0
     read = companion if precision.name == "master" else p + companion  # a master weight replaces its rounded copy
     return n * (read + g + states + (0 if phase == Phase.PROBE else p + companion + states))
+
+
+def _low_rank(site) -> str:
+    return " x ".join(map(str, site.projected.shape)) if site.launched else "itself"
 
 
 class PlanReport:
@@ -40,7 +46,7 @@ class PlanReport:
                     "grad_dtype": str(key.grad_dtype).removeprefix("torch."),
                     "formats": dict(zip(bucket.slots[0].rule.state_names, key.formats, strict=True)),
                     "precision": key.precision, "aligned": key.aligned, "tensors": len(bucket.slots),
-                    "elements": sum(s.param.numel() for s in bucket.slots),
+                    "elements": sum(s.target.numel() for s in bucket.slots),
                     "phases": [ph.name.lower() for ph in phases],
                     "launches": len(phases) if bucket.native else 0,
                     "bytes": sum(bytes_per_step(bucket, ph) for ph in phases),
@@ -71,6 +77,15 @@ class PlanReport:
                 )
             if options := option_overrides(slot.param):
                 notes.append(f"{what}: overridden, {', '.join(f'{k}={v!r}' for k, v in options.items())}")
+            projection = self._plan.opt.projection_for(slot.param, wanted)
+            asked = option_overrides(slot.param).get("projection", wanted["projection"])
+            if projection is not None:
+                shape = slot.site.shape
+                notes.append(
+                    f"{what}: projected by {projection.name}, {shape[0]} x {shape[1]} to {_low_rank(slot.site)}"
+                )
+            elif asked is not None:
+                notes.append(f"{what}: not projected, {asked.refuses(slot.param)}")
             if slot in self._plan.gapped:
                 notes.append(f"{what}: a view with gaps, stepped through a dense copy")
             elif slot.copy_grad:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt.projections.matmul import AVX512, mm
 from fusedopt.projections.seeds import generator
 
 SIDES = ("left", "right")
-_FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # elsewhere torch's bf16 products are scalar loops
 _JITTER = (
     1 / 32
 )  # Gaussian share of a warm start's columns: finds what is orthogonal to the old basis, costs 1e-3 of accuracy
@@ -43,7 +43,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def project(G: torch.Tensor, P: torch.Tensor, side: str) -> torch.Tensor:
     """R = P^T G [r, cols] (left) or G P^T [rows, r] (right) in P's dtype, G in any dtype."""
     if G.dtype == P.dtype:
-        return torch.mm(P.t(), G) if side == "left" else torch.mm(G, P.t())
+        return mm(P.t().contiguous(), G) if side == "left" else mm(G, P.t()).contiguous()
     return _multiply(G, P, True).t().contiguous() if side == "left" else _multiply(G, P.t(), False)
 
 
@@ -147,9 +147,9 @@ def refresh_basis(
     sign = torch.where(pivot < 0, -1.0, 1.0).to(P.dtype)
     P, W = (P * sign).to(dtype), (W * sign).to(dtype)
     if left:
-        R = torch.mm(W.t(), B.t())
+        R = mm(W.t().contiguous(), B.t())
     else:
-        P, R = P.t().contiguous(), torch.mm(B, W)
+        P, R = P.t().contiguous(), mm(B, W).contiguous()
     return (P if old is None else torch.where(usable, P, old.to(dtype))), R
 
 
@@ -210,12 +210,12 @@ def _gaussian(size: int, width: int, dtype: torch.dtype, gen: torch.Generator) -
 def _multiply(G: torch.Tensor, X: torch.Tensor, transpose: bool, rough: bool = False) -> torch.Tensor:
     """G^T X or G X in X's dtype. 16-bit G: by blocks of rows in X's dtype, no larger than X or the result.
 
-    rough: bf16 throughout where that is fast, for sketches: 4 times faster than blocks on an AVX-512 CPU, 1e-5 of the energy.
-    fp16 would overflow.
+    rough: bf16 throughout where that is fast, for sketches: 4 times faster than blocks on an AVX-512 CPU for 1e-5 of the
+    energy; on other CPUs torch's bf16 products are scalar loops. fp16 would overflow.
     """
     if G.dtype == X.dtype:
-        return torch.mm(G.t() if transpose else G, X)
-    if rough and G.dtype == torch.bfloat16 and (G.is_cuda or _FAST_BF16):
+        return mm(G.t() if transpose else G, X)
+    if rough and G.dtype == torch.bfloat16 and (G.is_cuda or AVX512):
         return torch.mm(G.t() if transpose else G, X.to(G.dtype)).to(X.dtype)
     rows, cols = G.shape
     out = X.new_zeros(cols if transpose else rows, X.shape[1])
