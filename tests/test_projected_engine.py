@@ -98,8 +98,9 @@ def test_every_precision(projection, backend, precision):
         for p, w in zip(params, wide, strict=True):
             w.grad = p.grad.float()
         other.step()
-    bound = 0.04 if precision in ("nearest", "stochastic") else 0.02
-    assert distance(kept.values(), wide) < bound
+    # bf16 bases and directions are within 2^-9 of fp32's; of FRUGAL's residuals a few change their sign
+    apart = torch.cat([(a - b).abs().view(-1) for a, b in zip(kept.values(), wide, strict=True)])
+    assert apart.mean() < (5e-3 if precision in ("nearest", "stochastic") else 1.5e-3)
 
 
 @each_projection
@@ -193,6 +194,8 @@ def test_one_launch_for_all_projected_tensors(backend):
 @each_projection
 @pytest.mark.parametrize("poison", (0.0, float("nan"), float("inf")))
 def test_useless_gradients_refresh_nothing(projection, poison):
+    if getattr(projection, "error_feedback", None) and poison == 0:
+        pytest.skip("the error that is fed back is no useless gradient")
     if projection.name in ("apollo", "apollo_mini") or getattr(projection, "method", "") in ("random", "columns"):
         pytest.skip("its subspace does not come from the gradient")
     p = torch.nn.Parameter(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)))
@@ -240,7 +243,7 @@ def test_refreshes_are_spread_over_the_steps():
 def test_qgalore_refreshes_less_and_less_where_the_subspace_has_settled():
     gen = torch.Generator().manual_seed(0)
     settled = torch.randn(48, 8, generator=gen) @ torch.randn(8, 64, generator=gen)
-    for still, want in ((True, [0, 4, 8, 12, 16, 20, 24, 32, 40, 48]), (False, list(range(0, 52, 4)))):
+    for still, want in ((True, [0, 4, 8, 12, 16, 20, 24, 32]), (False, list(range(0, 52, 4)))):
         p = torch.nn.Parameter(torch.randn(48, 64, generator=gen))
         opt = adamw([p], fusedopt.QGaLore(8, 4, method="svd", cos_threshold=0.9, queue=5))
         found, last = [], None
@@ -252,7 +255,7 @@ def test_qgalore_refreshes_less_and_less_where_the_subspace_has_settled():
             if last is None or not torch.equal(now, last):
                 found.append(step)
             last = now
-        assert found[: len(want)] == want, still
+        assert found == want, still
 
 
 def test_frugal_resets_states_and_their_step_count():

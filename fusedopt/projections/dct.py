@@ -79,7 +79,7 @@ def _interleaved_dct3(x: torch.Tensor, twiddle: torch.Tensor) -> torch.Tensor:
     """x Q [rows, n] with its even columns first, then the odd ones from the last to the first (Makhoul 1980, inverted)."""
     n = x.shape[1]
     half = n // 2 + 1
-    X = torch.empty(x.shape[0], half, dtype=twiddle.dtype, device=x.device)
+    X = torch.zeros(x.shape[0], half, dtype=twiddle.dtype, device=x.device)
     X.real, X.imag[:, 1:] = x[:, :half], -x.flip(1)[:, : half - 1]
     X[:, 0] *= math.sqrt(2)
     X *= twiddle

@@ -69,7 +69,10 @@ class SelectionSite(FrugalSite):
 
     def fresh_indices(self, grad: torch.Tensor, step: int) -> torch.Tensor:
         if self.projection.method == "top_columns":
-            return top_indices(squared_norms(grad, self.side), self.rank)
+            norms = squared_norms(grad, self.side)
+            total, chosen = norms.sum(), top_indices(norms, self.rank)
+            useful = torch.isfinite(total) & (total > 0)
+            return chosen if step == 1 else torch.where(useful, chosen, self.entry["indices"].long())
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
         return random_indices(self.shape[self.along], self.rank, device=grad.device, **keys)
 
