@@ -7,15 +7,18 @@ import torch
 from .lowrank import Adam, down, side_of, svd_basis, up
 
 
-def group_parameters(x: torch.Tensor, bits: int) -> tuple[float, int]:
-    """Scale and zero point of one group of values."""
+def group_parameters(x: torch.Tensor, bits: int, with_zero: bool = False) -> tuple[float, int]:
+    """Scale and zero point of one group of values. with_zero: zero counts as one of them, see fusedopt.weights."""
     top = 2**bits - 1
     low, high = float(x.min()), float(x.max())
+    if with_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, 1e-5) / top
     return scale, min(max(-round(low / scale), 0), top)
 
 
-def affine_quantize(x: torch.Tensor, bits: int, group: int = 256, uniform: torch.Tensor | None = None):
+def affine_quantize(x: torch.Tensor, bits: int, group: int = 256, uniform: torch.Tensor | None = None,
+                    with_zero: bool = False):  # fmt: skip
     """(codes int64, scales fp64, zeros int64) of a flat tensor, one group after the other; the last one may be shorter.
 
     uniform: numbers of [0, 1) for stochastic rounding, x's shape; None rounds to nearest (ties to even).
@@ -23,7 +26,7 @@ def affine_quantize(x: torch.Tensor, bits: int, group: int = 256, uniform: torch
     codes, scales, zeros = torch.empty(x.numel(), dtype=torch.int64), [], []
     for first in range(0, x.numel(), group):
         values = x[first : first + group].double()
-        scale, zero = group_parameters(values, bits)
+        scale, zero = group_parameters(values, bits, with_zero)
         for i, value in enumerate(values.tolist()):
             y = value / scale
             if uniform is None:
