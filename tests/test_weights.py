@@ -109,12 +109,11 @@ def test_stochastic_rounding_is_unbiased():
     n, draws = 256, 4096
     x = values(n) * 0.7
     x[0], x[1] = -2.55, 2.55 * 4
-    total = torch.zeros(n, dtype=torch.float64)
-    for i in range(draws):
-        total += dequantize_groups(*quantize_groups(x, 256, philox16(5, i, 9, n))).double()
+    drawn = dequantize_groups(*quantize_groups(x.repeat(draws), 256, philox16(5, 0, 9, n * draws)))
+    mean = drawn.double().view(draws, n).mean(0)
     scale = float(quantize_groups(x)[1])
     inner = slice(2, None)
-    error = (total / draws - x)[inner]
+    error = (mean - x)[inner]
     fraction = (x.double() / scale)[inner] % 1
     standard = scale * (fraction * (1 - fraction) / draws).sqrt() + scale * 2.0**-16
     assert (error.abs() <= 5 * standard).all()
@@ -413,7 +412,7 @@ def test_training_through_the_primitives_lowers_the_loss():
     """SGD on a model whose matrices exist as codes only, updates far below one code: stochastic rounding carries them, and it
     ends where float training ends; rounding to nearest stays where it began."""
 
-    def train(stochastic, quantize, lr=2e-3):
+    def train(stochastic, quantize, lr=6e-3):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Linear(64, 64, bias=False), torch.nn.Tanh(), torch.nn.Linear(64, 8, bias=False)
@@ -423,16 +422,16 @@ def test_training_through_the_primitives_lowers_the_loss():
         x, teacher = values((256, 64), 5), values((8, 64), 6) / 8
         target = (x @ teacher.t()).tanh()
         losses = []
-        for step in range(400):
+        for step in range(120):
             loss = functional.mse_loss(model(x), target) * 8
             model.zero_grad()
             loss.backward()
-            losses.append(float(loss))
+            losses.append(loss.item())
             for i, p in enumerate(model.parameters()):
                 if not quantize:
                     p.data -= lr * p.grad
                     continue
-                for first, last in row_blocks(p, 1024):
+                for first, last in row_blocks(p):
                     block = dequantize_rows(p, first, last)
                     block -= lr * p.grad[first:last]
                     bits = philox16(0, step, i, block.numel(), first=first * p.shape[1]) if stochastic else None
