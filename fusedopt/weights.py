@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from fusedopt.precision import philox16
+
 GROUP = 256
 LEVELS = 255
 SMALLEST_RANGE = 1e-5
@@ -350,6 +352,65 @@ def store_rows(
     old = (weight.codes.view(-1)[elements], weight.scale[groups], weight.zero[groups])
     for target, value in zip(old, new, strict=True):
         target.copy_(value if skip is None else torch.where(skip.view(()) != 0, target, value))
+    torch.autograd.graph.increment_version(weight)
+
+
+@torch.no_grad()
+def update_rows(
+    weight: Int8Weight,
+    first_row: int,
+    last_row: int,
+    u: torch.Tensor,
+    numbers,
+    scalars: torch.Tensor,
+    tensor_id: int,
+    *,
+    scale: float = 1.0,
+    stochastic: bool = True,
+    found_inf: torch.Tensor | None = None,
+    triton: bool = False,
+) -> None:
+    """A block of rows' step: p <- p - (lr * scale * u + decay * p), encoded again.
+
+    Args:
+        u: [last_row - first_row, columns], contiguous, fp32, bf16 or fp16: those rows of the update.
+        numbers, scalars: the scalar row of the step, in double precision and as fp32 [SCALAR_STRIDE] on the device.
+        tensor_id: with seed and step, what the random bits of element i in memory order are drawn from.
+        stochastic: False rounds to nearest.
+        found_inf: fp32 [1]; where not zero, the block stays as it is.
+        triton: one kernel that needs no memory besides u; for groups of 256. Else torch operations.
+    Raises:
+        ValueError: rows that share a group with others, u of another size, or triton with other groups.
+    """
+    elements, _, columns = _span(weight, first_row, last_row)
+    n = elements.stop - elements.start
+    if u.numel() != n or not u.is_contiguous():
+        raise ValueError(
+            f"int8 weight of shape {tuple(weight.shape)}: rows {first_row} to {last_row} take a contiguous update of {n} "
+            f"values, not {tuple(u.shape)} with strides {u.stride()}"
+        )
+    if triton and weight.group != GROUP:
+        raise ValueError(f"int8 weight with groups of {weight.group}: the Triton kernel takes groups of {GROUP}")
+    if not n:
+        return
+    if not triton:
+        p = dequantize_rows(weight, first_row, last_row)
+        step = u.view(-1, columns).float() * (numbers.lr * scale)
+        p -= step.add_(p * numbers.decay)
+        random16 = None
+        if stochastic:
+            random16 = philox16(numbers.seed, numbers.step, tensor_id, n, weight.device, first=first_row * columns)
+        store_rows(weight, first_row, last_row, p, random16, found_inf)
+        return
+    from fusedopt.backends.triton import _on
+    from fusedopt.kernels.weights import TILE, update_kernel
+
+    tiles = -(-elements.stop // TILE.value) - elements.start // TILE.value
+    with _on(weight.device):
+        update_kernel[(tiles,)](
+            weight.codes, weight.scale, weight.zero, u, scalars, found_inf, elements.start, n, tensor_id, scale,
+            STOCHASTIC=stochastic, num_warps=8,
+        )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
 
 
