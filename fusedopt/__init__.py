@@ -11,6 +11,7 @@ from fusedopt.projections import DCT, Apollo, ApolloMini, Frugal, GaLore, QGaLor
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.rule import list_rules
 from fusedopt.states import override, state_bytes
+from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
@@ -34,6 +35,7 @@ __all__ = [
     "Frugal",
     "FusedOptimizer",
     "GaLore",
+    "Int8Weight",
     "QGaLore",
     "Lion",
     "clip_grad_norm_",
@@ -46,6 +48,7 @@ __all__ = [
     "list_rules",
     "override",
     "quantize_blockwise",
+    "quantize_weights_",
     "state_bytes",
     "use_backend",
 ]

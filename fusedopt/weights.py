@@ -409,7 +409,8 @@ def update_rows(
     with _on(weight.device):
         update_kernel[(tiles,)](
             weight.codes, weight.scale, weight.zero, u, scalars, found_inf, elements.start, n, tensor_id, scale,
-            STOCHASTIC=stochastic, num_warps=8,
+            STOCHASTIC=stochastic, ALIGNED=weight.codes.data_ptr() % 16 == 0 and u.data_ptr() % 16 == 0,
+            num_warps=8 if torch.version.hip is None else 4,
         )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
 

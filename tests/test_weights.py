@@ -121,6 +121,20 @@ def test_stochastic_rounding_is_unbiased():
     assert (nearest[inner].abs() > 5 * standard).float().mean() > 0.5
 
 
+def test_stochastic_rounding_at_its_threshold():
+    """Up where fraction * 65536 exceeds the random bits: at equality down, so that whole numbers stay."""
+    x = torch.arange(-100, 156).float()
+    x[10:200] += torch.arange(190).float() / 190 * 0.99
+    fraction = ((x - x.floor()) * 65536).long()
+    whole = (x - x.floor()) * 65536 == fraction
+    down, up = (
+        quantize_groups(x, 256, fraction + (~whole).long())[0],
+        quantize_groups(x, 256, (fraction - 1).clamp(min=0))[0],
+    )
+    assert torch.equal(down.float(), x.floor() + 100)
+    assert torch.equal(up.float(), x.floor() + 100 + (x != x.floor()))
+
+
 # Rows
 
 

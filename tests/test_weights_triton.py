@@ -1,5 +1,10 @@
 """The Triton step of int8 weights, interpreted, against the torch operations of fusedopt.weights."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -107,3 +112,32 @@ def test_what_does_not_fit_is_refused():
         update_rows(
             Int8Weight.from_float(values((16, 256)), 64), 0, 16, values((16, 256)), *row(), tensor_id=0, triton=True
         )
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fusedopt.kernels.weights import update_kernel
+
+types = {"codes": "*u8", "scale": "*fp32", "zero": "*u8", "u": "*bf16", "scalars": "*fp32", "found_inf": "*fp32",
+         "first": "i32", "numel": "i32", "tensor": "i32", "factor": "fp32", "STOCHASTIC": "constexpr", "ALIGNED": "constexpr"}
+source = ASTSource(update_kernel, types, {(10,): True, (11,): True}, {(i,): [["tt.divisibility", 16]] for i in range(6)})
+for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+    kernel = triton.compile(source, target=target, options={"num_warps": 8 if target.backend == "cuda" else 4})
+    if target.backend == "cuda":
+        assert "ld.global.v4.b32" in kernel.asm["ptx"], "16 bytes of u at a time"
+        assert "st.global.v2.b32" in kernel.asm["ptx"], "8 codes at a time"
+        assert ".local" not in kernel.asm["ptx"]
+    print(target.arch)
+"""
+
+
+def test_the_kernel_compiles_with_wide_accesses():
+    """Without a GPU, in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parent.parent, env=environment,
+                         capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["80", "90", "gfx942"]

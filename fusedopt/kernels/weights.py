@@ -7,6 +7,7 @@ fusedopt.weights, whose random bits belong to elements: see kernels/rounding.py.
 import triton
 import triton.language as tl
 
+from fusedopt.kernels.access import load_stream, store_stream
 from fusedopt.kernels.bits import bits, widen
 from fusedopt.kernels.rounding import uniform16
 
@@ -41,11 +42,24 @@ def encode(x, random16, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first", "numel", "tensor", "factor"])
-def update_kernel(codes, scale, zero, u, scalars, found_inf, first, numel, tensor, factor, STOCHASTIC: tl.constexpr):
+def update_kernel(
+    codes,
+    scale,
+    zero,
+    u,
+    scalars,
+    found_inf,
+    first,
+    numel,
+    tensor,
+    factor,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Elements `first` .. first + numel of a weight: p <- p - (lr * factor * u + decay * p).
 
-    first: a multiple of 2048 or, with u, of whole groups: the tiles of random bits are those of the whole weight.
-    codes, scale, zero: of the whole weight. u: [numel]. scalars: fp32 [SCALAR_STRIDE], see fusedopt.abi.
+    first: a multiple of 256. Tiles, and so random bits, are those of the whole weight, whose codes, scale and zero these
+    are. u: [numel]. scalars: fp32 [SCALAR_STRIDE], see fusedopt.abi. ALIGNED: codes and u begin at multiples of 16 bytes.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0.0:
@@ -54,20 +68,21 @@ def update_kernel(codes, scale, zero, u, scalars, found_inf, first, numel, tenso
     lr, decay = tl.load(scalars), tl.load(scalars + 1)
     seed = tl.load(words + 4).to(tl.uint64) | (tl.load(words + 5).to(tl.uint64) << 32)
     step = tl.load(words + 6)
-    begin = first.to(tl.int64)
+    begin = tl.multiple_of(first.to(tl.int64), 256)
     tile = begin // TILE + tl.program_id(0)
+    start = tile * TILE
     local = tl.arange(0, TILE_GROUPS)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    at = tile * TILE + local
-    inside = (at >= begin) & (at < begin + numel)
+    inside = (start + local >= begin) & (start + local < begin + numel)
+    whole = (start >= begin) & (start + TILE <= begin + numel)
     group = tile * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
     owned = (group * 256 >= begin) & (group * 256 < begin + numel)
-    difference = tl.load(codes + at, mask=inside, other=0).to(tl.float32)
+    difference = load_stream(codes + start, local, inside, whole, 0, ALIGNED).to(tl.float32)
     difference -= tl.load(zero + group, mask=owned, other=0).to(tl.float32)[:, None]
     p = tl.where(inside, difference * tl.load(scale + group, mask=owned, other=0.0)[:, None], 0.0)
-    direction = widen(tl.load(u + (at - begin), mask=inside, other=0.0))
+    direction = widen(load_stream(u + (start - begin), local, inside, whole, 0.0, ALIGNED))
     p = p - (lr * factor * direction + decay * p)
-    random16 = uniform16(seed, step, tensor, tile, 0, TILE_GROUPS) if STOCHASTIC else at
+    random16 = uniform16(seed, step, tensor, tile, 0, TILE_GROUPS) if STOCHASTIC else local
     new_codes, new_scale, new_zero = encode(p, random16, STOCHASTIC)
-    tl.store(codes + at, new_codes, mask=inside)
+    store_stream(codes + start, new_codes, local, inside, whole, ALIGNED)
     tl.store(scale + group, new_scale, mask=owned)
     tl.store(zero + group, new_zero.to(tl.int32).to(tl.uint8), mask=owned)
