@@ -64,6 +64,18 @@ def test_kernel_matches_torch(shape, stochastic, elements):
         assert not torch.equal(before, one.codes)
 
 
+@pytest.mark.parametrize("shift", [5.0, -5.0])
+def test_groups_of_one_sign(shift):
+    """Zero counts as a value of theirs, in both."""
+    start = values((16, 256)).clamp(-1, 1) + shift
+    one, two = (Int8Weight.from_float(start) for _ in range(2))
+    u = values((16, 256), 1)
+    step(one, u, False, stochastic=False)
+    step(two, u, True, stochastic=False)
+    compare(two, one)
+    assert (two.dequantize() - (0.99 * start - 0.05 * u)).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_updates(dtype):
     one, two = (Int8Weight.from_float(values((16, 256))) for _ in range(2))
