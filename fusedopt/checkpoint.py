@@ -50,14 +50,14 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     """One parameter's state in this optimizer's formats, on its device. Raises ValueError where it does not fit."""
     name = type(opt).__name__
     what = describe(name, index, p)
-    rule = opt.rule_for(group)
+    rule = opt.kept_rule(p, group)
     entry = {k: v for k, v in entry.items() if v is not None}
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]
     stepped = bool(rule.states) and float(entry.get("step", 0)) > 0
     projection = opt.projection_for(p, group)
     kept = {} if projection is None else projection.tensors(p)
-    like = states_like(p, projection)
+    likes = states_like(p, projection, rule)
     if _others(rule, entry, kept) or missing and (present or stepped):
         raise ValueError(
             f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps "
@@ -69,7 +69,8 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
     on_device = opt.steps_on_device(p, group)
     out["step"] = step.to(device=p.device if on_device else "cpu", dtype=_step_dtype()).view(())
-    for state, form in zip(rule.states, st.configured_formats(like, group, rule, p), strict=True):
+    formats = st.configured_formats(p, group, rule, likes)
+    for state, form, like in zip(rule.states, formats, likes, strict=True):
         if state.name in entry:
             _check_state(what, like, entry, state.name)
             _take(like, out, entry, state, form)

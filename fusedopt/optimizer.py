@@ -102,10 +102,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_projection(self, group: dict) -> None:
         st.check_projection(group["projection"])
-        if group["projection"] is not None and self.rule_for(group).trust_on:
+        if group["projection"] is None:
+            return
+        if self.rule_for(group).trust_on:
             raise ValueError(
                 f"{type(self).__name__}: its trust ratio needs the full update, so it takes no projection. Use AdamW."
             )
+        group["projection"].rule_for(self.rule_for(group))
 
     # What a rule's class says
 
@@ -117,6 +120,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def projection_for(self, p: torch.Tensor, group: dict) -> Projection | None:
         """How a parameter's gradient is projected, or None."""
         return configured(p, group)
+
+    def kept_rule(self, p: torch.Tensor, group: dict) -> Rule:
+        """The rule whose states a parameter keeps: the class's, or what its projection makes of it."""
+        rule, projection = self.rule_for(group), self.projection_for(p, group)
+        return rule if projection is None else projection.rule_for(rule)
 
     # Pickling, copying and loading
 
@@ -194,9 +202,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
         projection = self.projection_for(p, group)
-        like = states_like(p, projection)
-        formats = st.configured_formats(like, group, rule, p)
-        for state, form in zip(rule.states, formats, strict=True):
+        likes = states_like(p, projection, rule)
+        formats = st.configured_formats(p, group, rule, likes)
+        for state, form, like in zip(rule.states, formats, likes, strict=True):
             if state.name not in entry:
                 st.allocate(like, entry, state, form)
         if projection is not None:

@@ -247,17 +247,17 @@ class Plan:
 
     def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
         group = opt.param_groups[group_index]
-        rule = opt.rule_for(group)
+        rule = opt.kept_rule(p, group)
         precision = configured_precision(p, group)
         entry = opt.init_state(p, group, rule)
         projection = opt.projection_for(p, group)
-        like = states_like(p, projection)
-        wanted = st.configured_formats(like, group, rule, p)
+        likes = states_like(p, projection, rule)
+        wanted = st.configured_formats(p, group, rule, likes)
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
         work_param = p if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        for state, form in zip(rule.states, formats, strict=True):
-            shaped = work_param if projection is None else like
+        for state, form, like in zip(rule.states, formats, likes, strict=True):
+            shaped = work_param if like is p else like
             check_layout(type(opt).__name__, tensor_id, p, shaped, entry, state.name, form)
         if precision.companion:
             check_layout(type(opt).__name__, tensor_id, p, work_param, entry, precision.companion, None)

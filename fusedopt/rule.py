@@ -35,6 +35,7 @@ class Rule:
     direction(g, p, *states, c) -> (u, *states): `@triton.jit`; c points at the rule's scalars in fp32.
     trust(param_sq, x_sq, **scalars) and trust_triton(param_sq, x_sq, c): the per-tensor scale from two squared norms.
     trust_on: what the trust ratio scales: None, "gradient" (after coupled decay) or "update".
+    internal: a building block of projections that no optimizer class steps by itself.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rule:
     trust: Callable | None = None
     trust_triton: Any = None
     trust_on: str | None = None
+    internal: bool = False
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ def get_rule(name: str) -> Rule:
 
 def list_rules() -> list[str]:
     """Names of the registered update rules (variants such as "adam_amsgrad" count as rules)."""
-    return sorted(_rules)
+    return sorted(name for name, rule in _rules.items() if not rule.internal)
 
 
 def optimizers() -> dict[str, type]:

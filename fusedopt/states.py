@@ -61,18 +61,19 @@ def check_state_format(value) -> None:
 
 
 def configured_formats(
-    p: torch.Tensor, group: dict, rule: Rule, owner: torch.Tensor | None = None
+    p: torch.Tensor, group: dict, rule: Rule, likes: list[torch.Tensor] | None = None
 ) -> tuple[Format, ...]:
     """The format of each state of a rule for a parameter: its override, else the group's, small tensors fp32.
 
-    p: what the states are shaped like; owner: the parameter, where that is another tensor (a projection).
+    likes: for each state a tensor of its shape, where that is not the parameter's (a projection).
     """
-    chosen = option_overrides(owner if owner is not None else p).get("state_format", group["state_format"])
+    chosen = option_overrides(p).get("state_format", group["state_format"])
     formats = []
-    for state in rule.states:
+    for i, state in enumerate(rule.states):
         name = chosen.get(state.name, "fp32") if isinstance(chosen, dict) else chosen
         form = get_format(name)
-        if form.block and p.numel() < group["min_quantized_numel"] or p.dtype == torch.float64:
+        numel = p.numel() if likes is None else likes[i].numel()
+        if form.block and numel < group["min_quantized_numel"] or p.dtype == torch.float64:
             form = FP32
         formats.append(form)
     return tuple(formats)

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(gates.missing() is not None, reason=f"CUDA kerne
 # Registers that leave 4, 3 and 2 CTAs of 256 threads per SM (csrc/cuda/driver.cuh, kMinBlocks).
 CEILING = {0: 64, 1: 64, 2: 80, 3: 128}
 OTHERS = {"norm_kernel": 80, "encode": 80, "decode": 80}
-STATES = {"Sgd": 0, "SgdMomentum": 1, "Lars": 0, "LarsMomentum": 1, "Lion": 1, "Adam": 2, "Lamb": 2, "AdamAmsgrad": 3}
+STATES = {"Sgd": 0, "SgdMomentum": 1, "Lars": 0, "LarsMomentum": 1, "Lion": 1, "Adam": 2, "Lamb": 2, "AdamAmsgrad": 3,
+          "Ema": 1, "AdamDenominator": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=gates.ARCHS)

@@ -128,9 +128,9 @@ def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: 
         raise UsageError(f"{name}: {error}") from None
     states = extra = 0
     for group in opt.param_groups:
-        rule = opt.rule_for(group)
-        names = {kind for state in rule.state_names for kind in (state, *scale_names(state))}
         for p in group["params"]:
+            rule = opt.kept_rule(p, group)
+            names = {kind for state in rule.state_names for kind in (state, *scale_names(state))}
             entry = dict(opt.init_state(p, group, rule))
             del entry["step"]
             states += _bytes(t for key, t in entry.items() if key in names)

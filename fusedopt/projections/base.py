@@ -15,6 +15,7 @@ import torch
 from fusedopt.backends.base import MatrixWork
 from fusedopt.memory import flat, is_dense
 from fusedopt.projections import ops
+from fusedopt.rule import Rule
 from fusedopt.states import option_overrides
 
 SIDES = ("std", "reverse_std", "left", "right")
@@ -68,6 +69,17 @@ class Projection:
         rank = self.rank_for(shape)
         return (rank, shape[1]) if self.side_for(shape) == "left" else (shape[0], rank)
 
+    def rule_for(self, rule: Rule) -> Rule:
+        """The rule whose states a projected parameter keeps, and whose numbers are in its scalar row; `rule` is the class's.
+
+        Raises ValueError where the projection cannot step with the class's rule.
+        """
+        return rule
+
+    def state_like(self, p: torch.Tensor, name: str) -> torch.Tensor:
+        """A tensor whose shape, dtype, device and layout a state takes; p itself for a state of full size."""
+        return torch.empty(self.state_shape(matrix_shape(p)), dtype=p.dtype, device=p.device)
+
     def tensors(self, p: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is kept in a parameter's state beside the rule's states, zero at the start."""
         return {}
@@ -83,11 +95,9 @@ def configured(p: torch.Tensor, group: dict) -> Projection | None:
     return chosen if chosen is not None and chosen.refuses(p) is None else None
 
 
-def states_like(p: torch.Tensor, projection: Projection | None) -> torch.Tensor:
-    """A tensor whose shape, dtype, device and layout the states of a parameter take: p itself where nothing is projected."""
-    if projection is None:
-        return p
-    return torch.empty(projection.state_shape(matrix_shape(p)), dtype=p.dtype, device=p.device)
+def states_like(p: torch.Tensor, projection: Projection | None, rule: Rule) -> list[torch.Tensor]:
+    """For each state of a parameter a tensor whose shape, dtype, device and layout it takes: p where nothing is projected."""
+    return [p if projection is None else projection.state_like(p, state.name) for state in rule.states]
 
 
 def basis_dtype(p: torch.Tensor) -> torch.dtype:
@@ -145,6 +155,7 @@ class Site:
 
     launched = True  # whether the rule steps `projected` into `update` in the launch of directions
     plain_rule: str | None = None  # of a second scalar row, for launches over updates (slot.plain_row)
+    room = 0  # elements of the scratch buffers it shares with other sites (ProjectedSteps.scratch)
     counting = None  # sites of one group and step count share a scalar row if they agree in this
 
     def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,
@@ -177,6 +188,9 @@ class Site:
     def rule_step(self, step):
         """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""
         return step
+
+    def bind(self, slot, steps) -> None:
+        """Called once, when the plan knows the slot's backend and scalar row."""
 
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         """Refreshes where it is due and fills `projected`. grad: [rows, cols]; step: from 1; steps: the ProjectedSteps."""

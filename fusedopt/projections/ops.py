@@ -56,6 +56,40 @@ def project(backend: str, grad: torch.Tensor, basis: torch.Tensor | Int4Matrix, 
             torch.mm(part, basis.t(), out=out[first : first + block])
 
 
+def _row_blocks(grad: torch.Tensor) -> list[slice]:
+    rows, cols = grad.shape
+    size = max(1, (1 << 18) // max(cols, 1))
+    return [slice(first, min(rows, first + size)) for first in range(0, rows, size)]
+
+
+def row_col_sums(backend: str, grad: torch.Tensor, row_out: torch.Tensor | None, col_out: torch.Tensor | None) -> None:
+    """Sums of squares of a gradient [rows, cols]: of each row into row_out [rows], of each column into col_out [cols]."""
+    kernel = getattr(select.get_backend(backend), "row_col_sums", None)
+    dtype = (row_out if row_out is not None else col_out).dtype
+    if kernel is not None and dtype == torch.float32 and kernel(grad, row_out, col_out, None):
+        return
+    if col_out is not None:
+        col_out.zero_()
+    for rows in _row_blocks(grad):
+        squares = grad[rows].to(dtype, copy=True).square_()
+        if row_out is not None:
+            torch.sum(squares, 1, out=row_out[rows])
+        if col_out is not None:
+            col_out += squares.sum(0)
+
+
+def weighted_square_sum(backend: str, grad, row_weight: torch.Tensor, col_weight: torch.Tensor) -> torch.Tensor:
+    """The sum of grad[i, j]^2 row_weight[i] col_weight[j], a 0-dim tensor of the weights' dtype."""
+    kernel = getattr(select.get_backend(backend), "weighted_square_sum", None)
+    out = torch.zeros(1, dtype=row_weight.dtype, device=grad.device)
+    if kernel is not None and out.dtype == torch.float32 and kernel(grad, row_weight, col_weight, out):
+        return out.view(())
+    for rows in _row_blocks(grad):
+        squares = grad[rows].to(out.dtype, copy=True).square_()
+        out += squares.mv(col_weight).dot(row_weight[rows])
+    return out.view(())
+
+
 def _plain(work: MatrixWork) -> bool:
     """Whether addmm_ rounds as asked: once, to nearest, with host numbers."""
     if work.left is None or work.residual is not None or work.found_inf is not None or work.precision.name != "nearest":

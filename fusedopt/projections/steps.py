@@ -13,6 +13,18 @@ class ProjectedSteps:
     def __init__(self, slots: list, scalars, groups: list[dict]):
         self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
+        self.buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        for slot in slots:
+            slot.site.bind(slot, self)
+
+    def scratch(self, index: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first elements of scratch buffer `index`, which all slots of the device use in turn."""
+        buffer = self.buffers.get((index, dtype))
+        if buffer is None or buffer.numel() < numel:  # the longest that any slot asks for, so that it is found once
+            size = max(numel, *(slot.site.room for slot in self.slots))
+            buffer = torch.empty(size, dtype=dtype, device=self.slots[0].param.device)
+            self.buffers[index, dtype] = buffer
+        return buffer[:numel]
 
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:
         """Called before every step: the loss scale, the overflow flag and the clip coefficient, fp32 [1] or None."""
