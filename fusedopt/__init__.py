@@ -15,6 +15,7 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
+from fusedopt.rules.adafactor import Adafactor  # noqa: E402
 from fusedopt.rules.adam import Adam, AdamW  # noqa: E402
 from fusedopt.rules.lamb import LAMB  # noqa: E402
 from fusedopt.rules.lars import LARS  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "SGD",
+    "Adafactor",
     "Adam",
     "AdamW",
     "Apollo",

@@ -13,6 +13,7 @@ import torch
 from fusedopt.backends import select
 from fusedopt.backends.base import Int4Matrix, MatrixWork
 from fusedopt.backends.reference_matrix import decode_int4
+from fusedopt.memory import flat
 from fusedopt.projections.selection import squared_norms
 
 
@@ -88,6 +89,15 @@ def weighted_square_sum(backend: str, grad, row_weight: torch.Tensor, col_weight
         squares = grad[rows].to(out.dtype, copy=True).square_()
         out += squares.mv(col_weight).dot(row_weight[rows])
     return out.view(())
+
+
+def rms(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The root mean square of a dense tensor, 0-dim. A GPU converts 16-bit values as it sums; a CPU would copy them first."""
+    x = flat(t)
+    if t.is_cuda:
+        return torch.linalg.vector_norm(x, dtype=dtype) / x.numel() ** 0.5
+    parts = (x[first : first + (1 << 18)].to(dtype) for first in range(0, x.numel(), 1 << 18))
+    return (sum(torch.dot(part, part) for part in parts) / x.numel()).sqrt()
 
 
 def _plain(work: MatrixWork) -> bool:
