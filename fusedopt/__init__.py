@@ -7,7 +7,18 @@ from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
-from fusedopt.projections import DCT, Apollo, ApolloMini, Frugal, GaLore, QGaLore, list_projections
+from fusedopt.projections import (
+    DCT,
+    Apollo,
+    ApolloMini,
+    Conda,
+    Frugal,
+    GaLore,
+    QGaLore,
+    SubsetNorm,
+    SubspaceMomentum,
+    list_projections,
+)
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.rule import list_rules
 from fusedopt.states import override, state_bytes
@@ -34,12 +45,15 @@ __all__ = [
     "AdamW",
     "Apollo",
     "ApolloMini",
+    "Conda",
     "Frugal",
     "FusedOptimizer",
     "GaLore",
     "Int8Weight",
     "QGaLore",
     "Lion",
+    "SubsetNorm",
+    "SubspaceMomentum",
     "clip_grad_norm_",
     "create",
     "dequantize_blockwise",

@@ -2,13 +2,17 @@
 
 from fusedopt.projections.apollo import Apollo, ApolloMini
 from fusedopt.projections.base import Projection
+from fusedopt.projections.conda import Conda
 from fusedopt.projections.cosine import DCT
 from fusedopt.projections.frugal import Frugal
 from fusedopt.projections.galore import GaLore
 from fusedopt.projections.qgalore import QGaLore
+from fusedopt.projections.subset_norm import SubsetNorm
+from fusedopt.projections.subspace_momentum import SubspaceMomentum
 
 _projections: dict[str, type[Projection]] = {
-    cls.name: cls for cls in (Apollo, ApolloMini, DCT, Frugal, GaLore, QGaLore)
+    cls.name: cls
+    for cls in (Apollo, ApolloMini, Conda, DCT, Frugal, GaLore, QGaLore, SubsetNorm, SubspaceMomentum)
 }
 
 
@@ -25,10 +29,13 @@ __all__ = [
     "DCT",
     "Apollo",
     "ApolloMini",
+    "Conda",
     "Frugal",
     "GaLore",
     "Projection",
     "QGaLore",
+    "SubsetNorm",
+    "SubspaceMomentum",
     "get_projection",
     "list_projections",
 ]
