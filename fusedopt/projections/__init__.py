@@ -11,8 +11,7 @@ from fusedopt.projections.subset_norm import SubsetNorm
 from fusedopt.projections.subspace_momentum import SubspaceMomentum
 
 _projections: dict[str, type[Projection]] = {
-    cls.name: cls
-    for cls in (Apollo, ApolloMini, Conda, DCT, Frugal, GaLore, QGaLore, SubsetNorm, SubspaceMomentum)
+    cls.name: cls for cls in (Apollo, ApolloMini, Conda, DCT, Frugal, GaLore, QGaLore, SubsetNorm, SubspaceMomentum)
 }
 
 

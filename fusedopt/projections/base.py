@@ -156,6 +156,7 @@ class Site:
     launched = True  # whether the rule steps `projected` into `update` in the launch of directions
     plain_rule: str | None = None  # of a second scalar row, for launches over updates (slot.plain_row)
     room = 0  # elements of the scratch buffers it shares with other sites (ProjectedSteps.scratch)
+    full_room = 0  # the same, of buffers of full size
     counting = None  # sites of one group and step count share a scalar row if they agree in this
 
     def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,

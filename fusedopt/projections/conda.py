@@ -38,7 +38,7 @@ def full_basis(moment: torch.Tensor, side: str, method: str) -> torch.Tensor:
 class CondaSite(FullSite):
     """One matrix of Conda."""
 
-    plain_rule = SGD_PLAIN
+    plain_rule = "sgd"
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
@@ -46,11 +46,12 @@ class CondaSite(FullSite):
 
     def bind(self, slot, steps) -> None:
         self.pieces = self.pieces_of(slot, steps, self.shape, whole_rows=True)
+        self.full_room = self.shape[0] * self.shape[1] if self.side == "left" else 0
         self.launches: tuple[PieceLaunch, PieceLaunch, PieceLaunch] | None = None
 
     def _make_launches(self, slot, steps, grad_dtype, whole: torch.Tensor | None) -> None:
         """whole: of a wide matrix, the buffer that holds its projected momentum."""
-        first, second, third = (self.scratch(steps, i, self.pieces) for i in range(3))
+        first, second, third = (self.pieces.scratch(steps, i) for i in range(3))
         numerator = in_scratch(third) if whole is None else (whole.view(-1), None, FP32)
         average = PieceLaunch(self.pieces, slot, steps.scalars, slot.row, EMA, Phase.DIRECTION, target=first,
                               states=[self.stored(slot, "exp_avg")], grad_dtype=grad_dtype)  # fmt: skip
@@ -62,7 +63,7 @@ class CondaSite(FullSite):
 
     def _averages(self, slot, steps, grad):
         """Averages the gradient into the momentum, piece by piece; yields each piece with its decoded momentum in scratch."""
-        average, scratch = self.launches[0], self.scratch(steps, 0, self.pieces)
+        average, scratch = self.launches[0], self.pieces.scratch(steps)
         average.use(grad, steps.scale, steps.clip, steps.found)
         for i, piece in enumerate(self.pieces.pieces):
             average.run(i)
@@ -82,8 +83,8 @@ class CondaSite(FullSite):
 
     def after(self, grad, slot, steps) -> None:
         wide, due = self.side == "left", (steps.step_of(slot) - 1) % self.projection.update_every == 0
-        whole = torch.empty(self.shape, dtype=self.dtype, device=grad.device) if wide else None
-        if self.launches is None or wide:
+        whole = steps.scratch(0, self.full_room, self.dtype, full=True).view(self.shape) if wide else None
+        if self.launches is None:
             self._make_launches(slot, steps, grad.dtype, whole)
         moment = None
         if due:
@@ -99,7 +100,7 @@ class CondaSite(FullSite):
 
     def _step_tall(self, slot, steps, grad, basis, moment) -> None:
         """Rows are projected by themselves: everything happens piece by piece."""
-        first, second, third = (self.scratch(steps, i, self.pieces) for i in range(3))
+        first, second, third = (self.pieces.scratch(steps, i) for i in range(3))
         _, divide, update = self.launches
         divide.use(second, steps.scale, steps.clip, steps.found)
         update.use(second, None, None, steps.found)
@@ -116,7 +117,7 @@ class CondaSite(FullSite):
 
     def _step_wide(self, slot, steps, grad, basis, whole, moment) -> None:
         """Columns are projected by themselves, and pieces are rows: the projected momentum is held as a whole."""
-        first, second, _ = (self.scratch(steps, i, self.pieces) for i in range(3))
+        first, second, _ = (self.pieces.scratch(steps, i) for i in range(3))
         _, divide, update = self.launches
         if moment is None:
             whole.zero_()
@@ -152,7 +153,7 @@ class Conda(base.Projection):
     basis is [side, side] in bf16 for bf16 parameters, else fp32. Vectors are stepped as the class steps them.
 
     Temporary memory: of tall matrices three pieces of at most 1/150 of the largest parameter; of wide ones (fewer rows than
-    columns) one fp32 matrix of the parameter's shape more, and with 16-bit gradients or bases a fp32 copy of the basis. A
+    columns) one fp32 matrix of the largest one's shape, kept between steps, and with 16-bit gradients or bases a fp32 copy of the basis. A
     refresh needs one or two more fp32 matrices, the Gram matrix of the smaller side in fp64 and what torch.linalg.eigh takes
     (method "svd": what torch.linalg.svd takes). A number of columns that is not a multiple of 16 makes pieces longer.
 

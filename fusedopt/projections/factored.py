@@ -77,7 +77,7 @@ class FactoredSite(FullSite):
         numbers, mul = steps.scalars.numbers[slot.row], steps.multiplier(slot)
         mul = mul.to(self.dtype) if isinstance(mul, torch.Tensor) else mul
         self._average(grad, mul, numbers.step, steps.found)
-        scratch = None if self.one_product else self.scratch(steps, 0, self.pieces)
+        scratch = None if self.one_product else self.pieces.scratch(steps)
         clip = (self._rms_update(grad, mul, scratch) / self.group["clip_threshold"]).clamp(min=1.0)
         size, decay = self._sizes(slot, numbers)
         rate = size / clip
@@ -140,9 +140,9 @@ class FactoredSite(FullSite):
         row, col = (torch.empty_like(self.entry[n]) for n in ("exp_avg_sq_row", "exp_avg_sq_col"))
         if self.layout in ("matrix", "transposed"):
             first, second = (col, row) if self.layout == "transposed" else (row, col)
-            ops.square_sums(self.backend, grad, first, second)
+            ops.row_col_sums(self.backend, grad, first, second)
         elif self.layout == "stack":
-            ops.square_sums(self.backend, grad, row.view(-1), None)
+            ops.row_col_sums(self.backend, grad, row.view(-1), None)
             each = self.logical.shape[-2] * self.logical.shape[-1]
             stack, out = grad.view(-1, *self.logical.shape[-2:]), col.view(-1, col.shape[-1])
             count = max(1, (1 << 18) // each)

@@ -13,7 +13,7 @@ from fusedopt.backends.base import MatrixWork
 from fusedopt.options import check_nonnegative
 from fusedopt.projections import base
 from fusedopt.projections.galore import METHODS, BasisSite
-from fusedopt.projections.pieces import PieceLaunch, Pieces
+from fusedopt.projections.pieces import PieceLaunch, pieces_of
 from fusedopt.projections.selection import random_indices, squared_norms, top_indices
 from fusedopt.rule import get_rule
 
@@ -58,10 +58,6 @@ class SelectionSite(FrugalSite):
 
     plain_rule = "sgd"
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.pieces: Pieces | None = None
-
     @property
     def along(self) -> int:
         """The dimension that is selected from: columns on the right, rows on the left."""
@@ -83,25 +79,23 @@ class SelectionSite(FrugalSite):
             self.refreshed(slot, step)
         self.projected.copy_(grad.index_select(self.along, indices.long()))
 
-    def _prepare(self, slot, steps) -> None:
+    def bind(self, slot, steps) -> None:
         wide = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
-        self.pieces = Pieces(self.shape, self.projected.device, slot.key.backend, wide)
-        self.scratch = self.pieces.scratch()
+        self.pieces = pieces_of(self, slot, steps, self.shape, wide)
         self.launch = PieceLaunch(
             self.pieces, slot, steps.scalars, slot.plain_row, get_rule(self.plain_rule), Phase.FUSED
         )
 
     def after(self, grad: torch.Tensor, slot, steps) -> None:
-        if self.pieces is None:
-            self._prepare(slot, steps)
+        scratch = self.pieces.scratch(steps)
         options, indices = self.projection, self.entry["indices"].long()
-        self.launch.use(self.scratch, None, None, steps.found)
+        self.launch.use(scratch, None, None, steps.found)
         update = self.update.to(self.pieces.dtype) * options.scale
         if self.along == 0:  # where each row of U goes, or nowhere
             place = torch.full((self.shape[0],), -1, dtype=torch.int64, device=grad.device)
             place[indices] = torch.arange(self.rank, device=grad.device)
         for i, piece in enumerate(self.pieces.pieces):
-            out = self.pieces.rows_of(piece, self.scratch)
+            out = self.pieces.rows_of(piece, scratch)
             self._residual(grad[piece.row : piece.stop], slot, steps, out)
             if self.along == 1:
                 out.index_copy_(1, indices, update[piece.row : piece.stop])

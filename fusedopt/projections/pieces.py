@@ -44,16 +44,15 @@ class Scratch(NamedTuple):
 
 
 class Pieces:
-    """The pieces of a matrix [rows, cols]; `room` is the length of a scratch buffer for them.
+    """The pieces of a matrix [rows, cols]; `room` is the length of a scratch buffer for them, dtype its elements'.
 
     largest: elements of the largest tensor that shares the scratch buffers. whole_rows: pieces hold whole rows even where
     these are long (odd numbers of columns: a piece starts at a whole chunk).
     """
 
-    def __init__(
-        self, shape: tuple[int, int], device: torch.device, backend: str, largest: int = 0, whole_rows: bool = False
-    ):
-        self.shape, self.device, self.backend = shape, device, select.get_backend(backend)
+    def __init__(self, shape: tuple[int, int], device: torch.device, backend: str, *, dtype: torch.dtype = torch.float32,
+                 largest: int = 0, whole_rows: bool = False):  # fmt: skip
+        self.shape, self.device, self.backend, self.dtype = shape, device, select.get_backend(backend), dtype
         rows, cols = shape
         n = rows * cols
         self.whole = backend == "reference"  # it steps whole tensors, and is not meant to save memory
@@ -75,6 +74,10 @@ class Pieces:
     def _start(self, piece: Piece) -> int:
         """Where a piece's rows begin in a scratch buffer: aligned to 16 bytes exactly where the tensor's are."""
         return piece.row * self.shape[1] % PAD
+
+    def scratch(self, steps, index: int = 0) -> Scratch:
+        """Scratch buffer `index` of the device."""
+        return Scratch(steps.scratch(index, self.room, self.dtype))
 
     def rows_of(self, piece: Piece, scratch: Scratch) -> torch.Tensor:
         """The part of a scratch buffer that holds a piece's rows, [stop - row, cols]."""
@@ -173,6 +176,14 @@ class PieceLaunch:
         self.pieces.backend.launch(self.works[index])
 
 
+def pieces_of(site, slot, steps, shape: tuple[int, int], dtype: torch.dtype, whole_rows: bool = False) -> Pieces:
+    """Pieces for a site, which notes their room: to be called in `bind`, before the first scratch buffer is made."""
+    largest = max(other.param.numel() for other in steps.slots)
+    pieces = Pieces(shape, slot.param.device, slot.key.backend, dtype=dtype, largest=largest, whole_rows=whole_rows)
+    site.room = max(site.room, pieces.room)
+    return pieces
+
+
 class FullSite(base.Site):
     """A site that steps its parameter at full size by itself: no low-rank gradient, no launch with other parameters."""
 
@@ -190,13 +201,7 @@ class FullSite(base.Site):
         return base.matrix_shape(p)
 
     def pieces_of(self, slot, steps, shape: tuple[int, int], whole_rows: bool = False) -> Pieces:
-        largest = max(other.param.numel() for other in steps.slots)
-        pieces = Pieces(shape, slot.param.device, slot.key.backend, largest, whole_rows)
-        self.room = max(self.room, pieces.room)
-        return pieces
-
-    def scratch(self, steps, index: int, pieces: Pieces) -> Scratch:
-        return Scratch(steps.scratch(index, pieces.room, self.dtype))
+        return pieces_of(self, slot, steps, shape, self.dtype, whole_rows)
 
     def stored(self, slot, name: str) -> tuple[torch.Tensor, torch.Tensor | None, Format]:
         """A state as a PieceLaunch takes it."""

@@ -13,18 +13,18 @@ class ProjectedSteps:
     def __init__(self, slots: list, scalars, groups: list[dict]):
         self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
-        self.buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self.buffers: dict[tuple, torch.Tensor] = {}
         for slot in slots:
             slot.site.bind(slot, self)
 
-    def scratch(self, index: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first elements of scratch buffer `index`, which all slots of the device use in turn."""
-        buffer = self.buffers.get((index, dtype))
-        if buffer is None or buffer.numel() < numel:  # the longest that any slot asks for, so that it is found once
-            size = max(numel, *(slot.site.room for slot in self.slots))
-            buffer = torch.empty(size, dtype=dtype, device=self.slots[0].param.device)
-            self.buffers[index, dtype] = buffer
-        return buffer[:numel]
+    def scratch(self, index: int, numel: int, dtype: torch.dtype, full: bool = False) -> torch.Tensor:
+        """The first elements of scratch buffer `index`, which all slots of the device use in turn: as long as the largest
+        `room` of their sites, or `full_room`. Launches may keep its address: it stays as long as the plan."""
+        key = (index, dtype, full)
+        if key not in self.buffers:
+            rooms = [slot.site.full_room if full else slot.site.room for slot in self.slots]
+            self.buffers[key] = torch.empty(max(rooms), dtype=dtype, device=self.slots[0].param.device)
+        return self.buffers[key][:numel]
 
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:
         """Called before every step: the loss scale, the overflow flag and the clip coefficient, fp32 [1] or None."""

@@ -1,4 +1,4 @@
-"""Subset-Norm: Nguyen and Nguyen, "Subset-Norm and Subspace-Momentum" (arXiv 2411.07120): one second moment for a run of elements."""
+"""Subset-Norm: Nguyen and Nguyen, "Subset-Norm and Subspace-Momentum" (arXiv 2411.07120): one second moment a subset."""
 
 from __future__ import annotations
 
@@ -55,13 +55,15 @@ class SubsetMoment:
             self.shape = rows * cols // width, width
         self.count = cols if self.columns else self.shape[0]
 
-    def factors(self, backend: str, grad: torch.Tensor, mul, moment: torch.Tensor, scalars: tuple, found) -> torch.Tensor:
+    def factors(
+        self, backend: str, grad: torch.Tensor, mul, moment: torch.Tensor, scalars: tuple, found
+    ) -> torch.Tensor:
         """Updates the moment; what numerators of each subset are multiplied by, debias1 / (sqrt(v) debias2 + eps)."""
         _, _, beta2, weight2, debias1, debias2_sqrt, eps = (
             x.to(moment.dtype) if isinstance(x, torch.Tensor) else x for x in scalars
         )
         sums = torch.empty_like(moment)
-        ops.square_sums(backend, grad.view(self.shape), None if self.columns else sums, sums if self.columns else None)
+        ops.row_col_sums(backend, grad.view(self.shape), None if self.columns else sums, sums if self.columns else None)
         skipping(found, moment * beta2 + sums * (mul * mul) * weight2, moment)
         return debias1 / (moment.sqrt() * debias2_sqrt + eps)
 
@@ -81,7 +83,7 @@ class SubsetMoment:
 class SubsetSite(FullSite):
     """One matrix of Subset-Norm AdamW."""
 
-    plain_rule = SGD_PLAIN
+    plain_rule = "sgd"
 
     def bind(self, slot, steps) -> None:
         self.moment = SubsetMoment(self.projection.subset_size, self.shape)
@@ -90,7 +92,7 @@ class SubsetSite(FullSite):
 
     def after(self, grad, slot, steps) -> None:
         mul = steps.multiplier(slot)
-        scratch, numbers = self.scratch(steps, 0, self.pieces), steps.scalars.numbers[slot.row]
+        scratch, numbers = self.pieces.scratch(steps), steps.scalars.numbers[slot.row]
         subsets = self.entry["exp_avg_sq_subset"]
         factors = self.moment.factors(slot.key.backend, grad, mul, subsets, numbers.scalars, steps.found)
         if self.launches is None:

@@ -10,7 +10,9 @@ import torch
 from fusedopt.abi import Phase
 from fusedopt.memory import flat
 from fusedopt.projections import base, ops
-from fusedopt.projections.pieces import FullSite, PieceLaunch, in_scratch
+from fusedopt.projections.pieces import FullSite, PieceLaunch, Pieces, in_scratch
+from fusedopt.projections.seeds import generator
+from fusedopt.projections.selection import random_indices, squared_norms, top_indices
 from fusedopt.projections.subset_norm import SubsetMoment, adam_only, check_subset_size
 from fusedopt.projections.subspace import refresh_basis, svd_basis
 from fusedopt.rules.adam_parts import ADAM_DENOMINATOR, EMA
@@ -45,7 +47,7 @@ def hadamard_basis(size: int, rank: int, side: str, gen: torch.Generator, dtype:
 class SubspaceMomentumSite(FullSite):
     """One matrix of Subspace-Momentum."""
 
-    plain_rule = SGD_PLAIN
+    plain_rule = "sgd"
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
@@ -58,6 +60,7 @@ class SubspaceMomentumSite(FullSite):
 
     def bind(self, slot, steps) -> None:
         self.pieces = self.pieces_of(slot, steps, self.shape)
+        self.low_pieces = Pieces(tuple(self.low_rank.shape), slot.param.device, slot.key.backend)
         size = self.projection.subset_size
         self.moment = None if size is None else SubsetMoment(size, self.shape)
         self.launches: tuple[PieceLaunch, PieceLaunch] | None = None
@@ -73,13 +76,13 @@ class SubspaceMomentumSite(FullSite):
             return refresh_basis(grad, self.rank, side, old, seed=self.seed, tensor_id=self.tensor_id, step=step)[0]
         size = self.shape[0] if side == "left" else self.shape[1]
         if method == "topk":
-            norms = torch.empty(size, dtype=self.dtype, device=grad.device)
-            ops.square_sums(self.backend, grad, *((norms, None) if side == "left" else (None, norms)))
-            return unit_basis(norms.topk(self.rank).indices, size, side, self.dtype)
-        gen = torch.Generator(grad.device).manual_seed(hash((self.seed, self.tensor_id, step)) & (2**63 - 1))
+            return unit_basis(top_indices(squared_norms(grad, side), self.rank), size, side, self.dtype)
         if method == "uniform":
-            return unit_basis(torch.randperm(size, generator=gen, device=grad.device)[: self.rank], size, side, self.dtype)
-        return hadamard_basis(size, self.rank, side, gen, self.dtype)
+            keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
+            return unit_basis(random_indices(size, self.rank, device=grad.device, **keys), size, side, self.dtype)
+        return hadamard_basis(
+            size, self.rank, side, generator(grad.device, self.seed, self.tensor_id, step), self.dtype
+        )
 
     def _clear(self, slot, found) -> None:
         """Sets the stored momentum to zero, unless nothing may be written."""
@@ -107,10 +110,9 @@ class SubspaceMomentumSite(FullSite):
             self._clear(slot, steps.found)
 
     def _make_launches(self, slot, steps, grad_dtype: torch.dtype) -> None:
-        low_rank = self.pieces_of(slot, steps, tuple(self.low_rank.shape))
-        average = PieceLaunch(low_rank, slot, steps.scalars, slot.row, EMA, Phase.DIRECTION, target=flat(self.average),
+        average = PieceLaunch(self.low_pieces, slot, steps.scalars, slot.row, EMA, Phase.DIRECTION, target=flat(self.average),
                               states=[self.stored(slot, "exp_avg")], grad_dtype=self.low_rank.dtype)  # fmt: skip
-        scratch = self.scratch(steps, 0, self.pieces)
+        scratch = self.pieces.scratch(steps)
         if self.moment is None:
             states = [in_scratch(scratch), self.stored(slot, "exp_avg_sq")]
             update = PieceLaunch(self.pieces, slot, steps.scalars, slot.row, ADAM_DENOMINATOR, Phase.FUSED, states=states,
@@ -123,7 +125,7 @@ class SubspaceMomentumSite(FullSite):
     def after(self, grad, slot, steps) -> None:
         mul = steps.multiplier(slot)
         mul = mul.to(self.dtype) if isinstance(mul, torch.Tensor) else mul
-        scratch, (_, update) = self.scratch(steps, 0, self.pieces), self.launches
+        scratch, (_, update) = self.pieces.scratch(steps), self.launches
         difference = self.average.sub_(self.low_rank.to(self.dtype) * mul)  # momentum in place of the plain gradient
         basis = self.entry["projector"].to(self.dtype)
         factors = None
