@@ -135,15 +135,19 @@ def _source(case: Case | Blockwise):
     return ASTSource(step_kernel, signature, fixed), lambda nvidia: launch_options(fixed, nvidia)
 
 
-def _cuda_resources(kernel) -> dict:
+def cuda_listing(kernel, what: str = "-sass") -> str:
+    """What cuobjdump says about a compiled kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def cuda_resources(kernel) -> dict:
+    usage, sass = cuda_listing(kernel, "-res-usage"), cuda_listing(kernel)
     use = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     widths: dict[str, Counter] = {"LDG": Counter(), "STG": Counter()}
@@ -164,7 +168,7 @@ def _cuda_resources(kernel) -> dict:
     }
 
 
-def _hip_resources(kernel) -> dict:
+def hip_resources(kernel) -> dict:
     text = kernel.asm["amdgcn"]
     number = {
         k: int(v)
@@ -236,7 +240,7 @@ def compile_case(case: Case | Blockwise, target: str):
 def _resources(job: tuple[Case | Blockwise, str]) -> dict:
     case, target = job
     kernel = compile_case(case, target)
-    use = _hip_resources(kernel) if target.startswith("gfx") else _cuda_resources(kernel)
+    use = hip_resources(kernel) if target.startswith("gfx") else cuda_resources(kernel)
     return {"kernel": str(case), "target": target, **use, "needs": _needs(case)}
 
 

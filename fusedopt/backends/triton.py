@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from fusedopt.abi import GRAIN_SIZE, MAX_STATES, Phase
-from fusedopt.backends.base import BucketKey, Work, unsupported
+from fusedopt.backends.base import BucketKey, Int4Matrix, MatrixWork, Work, unsupported
 from fusedopt.formats import Format
 from fusedopt.kernels.language import missing
 from fusedopt.precision import get_precision
@@ -120,6 +120,48 @@ class TritonBackend:
             from fusedopt.kernels.quantize import dequantize_kernel
 
             self._blockwise(dequantize_kernel, (codes, scale, out), out.numel(), form.code(signed))
+
+    def apply_matrix(self, work: MatrixWork) -> None:
+        """One launch: a tile of the product and its update in the same program (kernels/matrix.py)."""
+        from fusedopt.backends.triton_matrix import apply_matrix
+
+        with _on(work.param.device):
+            apply_matrix(work)
+
+    def project_packed(self, grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> None:
+        """out = P^T grad (side "left", P [rows, r], out [r, cols]) or grad P^T (side "right", P [r, cols], out [rows, r]).
+
+        grad and out are contiguous, fp32, bf16 or fp16; P is rounded to grad's dtype, sums are fp32. Raises ValueError
+        where shapes do not fit.
+        """
+        from fusedopt.backends.triton_matrix import project_packed
+
+        with _on(grad.device):
+            project_packed(grad, packed, side, out)
+
+    def row_col_sums(
+        self,
+        grad: torch.Tensor,
+        row_out: torch.Tensor | None = None,
+        col_out: torch.Tensor | None = None,
+        total_out: torch.Tensor | None = None,
+        *,
+        row_weight: torch.Tensor | None = None,
+        col_weight: torch.Tensor | None = None,
+        grad_scale: torch.Tensor | None = None,
+        clip: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Weighted sums of q = (grad / grad_scale * clip)^2 + eps in one read of grad [rows, cols], contiguous.
+
+        With weights a = row_weight [rows] and b = col_weight [cols], fp32, or None for 1: row_out[i] = sum_j q_ij b_j,
+        col_out[j] = sum_i a_i q_ij, total_out[0] = sum_ij a_i q_ij b_j, each fp32 or None. grad_scale, clip: fp32 [1] or
+        None. The same bits every time: no atomics. Raises ValueError for a vector of another size or dtype.
+        """
+        from fusedopt.backends.triton_matrix import row_col_sums
+
+        with _on(grad.device):
+            row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, grad_scale, clip, eps)
 
     def _blockwise(self, kernel, tensors: tuple[torch.Tensor, ...], numel: int, code: int) -> None:
         device = tensors[0].device

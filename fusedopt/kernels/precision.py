@@ -77,12 +77,20 @@ def store_param(
     x, p, c, tile, local, inside, whole, seed, step, tensor, PRECISION: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """p, c: of the tile's first element."""
+    random16 = None
+    if PRECISION == STOCHASTIC or PRECISION == KAHAN or PRECISION == SPLIT24:
+        random16 = uniform16(seed, step, tensor, tile, 0, local.shape[0])
+    store_rounded(x, random16, p, c, local, inside, whole, PRECISION, ALIGNED)
+
+
+@triton.jit
+def store_rounded(x, random16, p, c, local, inside, whole, PRECISION: tl.constexpr, ALIGNED: tl.constexpr):
+    """random16: of the shape of x, or None where PRECISION draws none."""
     TYPE: tl.constexpr = p.dtype.element_ty
-    ROWS: tl.constexpr = local.shape[0]
     if PRECISION == STOCHASTIC:
-        stored = stochastic(x, uniform16(seed, step, tensor, tile, 0, ROWS), TYPE)
+        stored = stochastic(x, random16, TYPE)
     elif PRECISION == SPLIT24:
-        u = (split_bits(x) + (uniform16(seed, step, tensor, tile, 0, ROWS) >> 8)) >> 8
+        u = (split_bits(x) + (random16 >> 8)) >> 8
         stored = as_bf16((u + 0x80) >> 8)
         store_stream(c, u.to(tl.uint8).to(tl.int8, bitcast=True), local, inside, whole, ALIGNED)
     elif PRECISION == SPLIT32:
@@ -96,6 +104,5 @@ def store_param(
         elif PRECISION == KAHAN:
             rounded = widen(stored)
             rest = tl.where(tl.abs(rounded) < float("inf"), x - rounded, 0.0)
-            rest = stochastic(rest, uniform16(seed, step, tensor, tile, 0, ROWS), TYPE)
-            store_stream(c, rest, local, inside, whole, ALIGNED)
+            store_stream(c, stochastic(rest, random16, TYPE), local, inside, whole, ALIGNED)
     store_stream(p, stored, local, inside, whole, ALIGNED)

@@ -11,18 +11,39 @@ from fusedopt.kernels.bits import bits
 
 
 @triton.jit
-def uniform16(seed, step, tensor, tile, STREAM: tl.constexpr, ROWS: tl.constexpr):
-    """uint32 (ROWS, 256) random words below 2^16 for the elements of a tile. tile: int64.
+def philox(seed, step, tensor, octet, STREAM: tl.constexpr):
+    """The four random words of each octet. octet: int64."""
+    low = octet.to(tl.uint32)
+    high = (octet >> 32).to(tl.uint32) | (STREAM << 24)
+    return tl.philox(seed, low, high, low * 0 + tensor.to(tl.uint32), low * 0 + step.to(tl.uint32))
+
+
+@triton.jit
+def octet_bits(seed, step, tensor, octet, STREAM: tl.constexpr):
+    """uint32 (ROWS, 8 N) random words below 2^16 for the elements of (ROWS, N) octets.
 
     One Philox call per 8 elements; joins put word w and half h of an octet at its element 2 w + h, in the lane that
     drew them.
     """
-    octet = tile * (ROWS * 32) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    low = octet.to(tl.uint32)
-    high = (octet >> 32).to(tl.uint32) | (STREAM << 24)
-    c0, c1, c2, c3 = tl.philox(seed, low, high, low * 0 + tensor.to(tl.uint32), low * 0 + step.to(tl.uint32))
+    c0, c1, c2, c3 = philox(seed, step, tensor, octet, STREAM)
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # last axes: word // 2, word % 2
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 256))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (octet.shape[0], 8 * octet.shape[1]))
+
+
+@triton.jit
+def uniform16(seed, step, tensor, tile, STREAM: tl.constexpr, ROWS: tl.constexpr):
+    """uint32 (ROWS, 256) random words below 2^16 for the elements of a tile. tile: int64."""
+    octet = tile * (ROWS * 32) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return octet_bits(seed, step, tensor, octet, STREAM)
+
+
+@triton.jit
+def uniform16_at(seed, step, tensor, element, STREAM: tl.constexpr):
+    """The same words for elements that need not fill octets, int64 numbers of any shape: one Philox call for each."""
+    c0, c1, c2, c3 = philox(seed, step, tensor, element >> 3, STREAM)
+    place = element.to(tl.int32) & 7
+    word = tl.where(place < 4, tl.where(place < 2, c0, c1), tl.where(place < 6, c2, c3))
+    return tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
 
 
 @triton.jit

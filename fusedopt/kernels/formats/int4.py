@@ -14,8 +14,8 @@ TOP = tl.constexpr(1.0)
 
 @triton.jit
 def unpack(pairs):
-    """(ROWS, 128) bytes to (ROWS, 256) codes, in the lane that has the byte."""
-    return tl.reshape(tl.join(pairs >> 4, pairs & 15), (pairs.shape[0], 256))
+    """(ROWS, N) bytes to (ROWS, 2 N) codes, in the lane that has the byte."""
+    return tl.reshape(tl.join(pairs >> 4, pairs & 15), (pairs.shape[0], 2 * pairs.shape[1]))
 
 
 @triton.jit
