@@ -27,14 +27,15 @@ class Tiles(NamedTuple):
         return self._asdict() | {"num_warps": 4, "num_stages": 2}
 
 
-# Not measured on a GPU. A thread holds 64 accumulators, of one product or two: with as many again in flight in the epilogue
-# that is what 255 registers hold without spilling, and 128 x 128 reads each operand from L2 for 128 outputs. 16-bit: three
-# stages of 64 inner elements keep 64 KB a program in flight and fit the 99 KB of consumer GPUs. tf32: its elements are twice as
-# wide, so half as many. ieee: no tensor cores on NVIDIA, and operands in registers: small tiles.
+# Of one product, and of two that share their left or their right operand. Not measured on a GPU. A thread holds 64
+# accumulators: that leaves sm_90 room for two programs an SM, one multiplying while the other updates, and 128 x 128 reads
+# each operand from L2 for 128 outputs. 16-bit: three stages of 64 inner elements keep 64 KB a program in flight and fit the 99 KB
+# of consumer GPUs. tf32: its elements are twice as wide, so half as many. ieee: without tensor cores on NVIDIA, and
+# with operands in registers, so small tiles.
 TILES = {
-    "half": (Tiles(128, 128, 64), Tiles(128, 64, 64)),
-    "tf32": (Tiles(128, 64, 32), Tiles(64, 64, 32)),
-    "ieee": (Tiles(64, 64, 16, num_stages=2), Tiles(64, 32, 16, num_stages=2)),
+    "half": (Tiles(128, 128, 64), Tiles(128, 64, 64), Tiles(64, 128, 64)),
+    "tf32": (Tiles(128, 64, 32), Tiles(64, 64, 32), Tiles(64, 64, 32)),
+    "ieee": (Tiles(64, 64, 16, num_stages=2), Tiles(64, 32, 16, num_stages=2), Tiles(64, 32, 16, num_stages=2)),
 }
 PROJECT_TILES = {
     "half": Tiles(64, 64, 64, num_warps=4, num_stages=4),
@@ -130,7 +131,7 @@ def product_constants(work: MatrixWork, on_nvidia: bool) -> dict:
         "COLS8": work.param.shape[1] % 8 == 0 and group % 8 == 0,
         "RANK8": all(rank % 8 == 0 for rank in ranks) and group % 8 == 0,
         "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-        **TILES[kind][work.residual is not None].arguments(on_nvidia),
+        **TILES[kind][0 if work.residual is None else 2 if shared == 2 else 1].arguments(on_nvidia),
         "enable_fp_fusion": True,
     }
 

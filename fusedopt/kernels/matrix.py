@@ -14,6 +14,7 @@ from fusedopt.kernels.precision import KAHAN, SPLIT24, STOCHASTIC, load_param, s
 from fusedopt.kernels.rounding import octet_bits, uniform16_at
 
 BAND = tl.constexpr(8)
+PIECE = tl.constexpr(32)
 SIGN = tl.constexpr(1)
 GRADIENT = tl.constexpr(2)
 SHARED_LEFT = tl.constexpr(1)
@@ -50,10 +51,12 @@ def halved(x):
 
 
 @triton.jit
-def update_tile(
-    u, p, c, row, col, rows, cols, lr, decay, seed, step, tensor, PRECISION: tl.constexpr, EIGHTS: tl.constexpr
-):
-    """The step of one tile of weights; random bits are those of the elements' places in memory, as in a step."""
+def update_tile(u, row, col, target, PRECISION: tl.constexpr, EIGHTS: tl.constexpr):
+    """The step of one tile of weights; random bits are those of the elements' places in memory, as in a step.
+
+    target: (p, companion, rows, cols, lr, decay, seed, step, tensor).
+    """
+    p, c, rows, cols, lr, decay, seed, step, tensor = target
     i, j = places(row, col, u.shape[0], u.shape[1])
     inside = (i < rows) & (j < cols)
     local = i * cols + j
@@ -70,40 +73,54 @@ def update_tile(
 
 
 @triton.jit
-def finish(
-    product, second, p, c, grad, row, col, rows, cols, scale, residual_scale,
-    lr, decay, sign, mul, seed, step, tensor, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
+def finish_piece(
+    product, second, row, col, target, residual,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
+    """residual: (grad, scale of the product, scale of the sign, scale of the gradient)."""
+    grad, scale, sign, mul = residual
     u = scale * product
     if RESIDUAL != 0:
+        _, _, rows, cols, _, _, _, _, _ = target
         i, j = places(row, col, u.shape[0], u.shape[1])
         e = widen(tl.load(grad + (i * cols + j), mask=(i < rows) & (j < cols), other=0.0)) - second
         if RESIDUAL == SIGN:
-            u += residual_scale * sign * ((e > 0.0).to(tl.float32) - (e < 0.0).to(tl.float32))
+            u += sign * ((e > 0.0).to(tl.float32) - (e < 0.0).to(tl.float32))
         else:
-            u += residual_scale * mul * e
-    update_tile(u, p, c, row, col, rows, cols, lr, decay, seed, step, tensor, PRECISION, EIGHTS)
+            u += mul * e
+    update_tile(u, row, col, target, PRECISION, EIGHTS)
 
 
 @triton.jit
-def finish_halves(
-    product, second, p, c, grad, row, col, rows, cols, scale, residual_scale,
-    lr, decay, sign, mul, seed, step, tensor, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
+def finish_half(
+    product, second, row, col, target, residual,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of the columns one after the other: both at a time would need twice the registers."""
-    left, right = halved(product)
-    second_left = None
-    second_right = None
-    if RESIDUAL != 0:
-        second_left, second_right = halved(second)
-    finish(
-        left, second_left, p, c, grad, row, col, rows, cols, scale, residual_scale,
-        lr, decay, sign, mul, seed, step, tensor, RESIDUAL, PRECISION, EIGHTS,
-    )  # fmt: skip
-    finish(
-        right, second_right, p, c, grad, row, col + product.shape[1] // 2, rows, cols, scale, residual_scale,
-        lr, decay, sign, mul, seed, step, tensor, RESIDUAL, PRECISION, EIGHTS,
-    )  # fmt: skip
+    if product.shape[1] > PIECE:
+        left, right = halved(product)
+        second_left, second_right = halved(second) if RESIDUAL != 0 else (None, None)
+        half: tl.constexpr = product.shape[1] // 2
+        finish_piece(left, second_left, row, col, target, residual, RESIDUAL, PRECISION, EIGHTS)
+        finish_piece(right, second_right, row, col + half, target, residual, RESIDUAL, PRECISION, EIGHTS)
+    else:
+        finish_piece(product, second, row, col, target, residual, RESIDUAL, PRECISION, EIGHTS)
+
+
+@triton.jit
+def finish(
+    product, second, row, col, target, residual,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue, for 32 columns after the other: the weights, companions and random bits of 128 columns at a time
+    would need 40 registers more, and one program would fill an SM of sm_90 in place of two."""
+    if product.shape[1] > 2 * PIECE:
+        left, right = halved(product)
+        second_left, second_right = halved(second) if RESIDUAL != 0 else (None, None)
+        half: tl.constexpr = product.shape[1] // 2
+        finish_half(left, second_left, row, col, target, residual, RESIDUAL, PRECISION, EIGHTS)
+        finish_half(right, second_right, row, col + half, target, residual, RESIDUAL, PRECISION, EIGHTS)
+    else:
+        finish_half(product, second, row, col, target, residual, RESIDUAL, PRECISION, EIGHTS)
 
 
 @triton.jit
@@ -172,10 +189,9 @@ def product_kernel(
             )
             second = dot(a, b, second, INPUT_PRECISION)
 
-    finish_halves(
-        acc, second, p, c, grad, row, col, rows, cols, scale, residual_scale,
-        lr, decay, sign, mul, seed, step, tensor, RESIDUAL, PRECISION, COLS8,
-    )  # fmt: skip
+    target = (p, c, rows, cols, lr, decay, seed, step, tensor)
+    residual = (grad, scale, residual_scale * sign, residual_scale * mul)
+    finish(acc, second, row, col, target, residual, RESIDUAL, PRECISION, COLS8)
 
 
 @triton.jit(do_not_specialize=["scalars", "found_inf", "rows", "cols", "tensor"])
@@ -198,4 +214,4 @@ def scaled_kernel(
         factor = factor * tl.load(row_factor + i, mask=i < rows, other=0.0)
     if col_factor is not None:
         factor = factor * tl.load(col_factor + j, mask=j < cols, other=0.0)
-    update_tile(factor * u, p, c, row, col, rows, cols, lr, decay, seed, step, tensor, PRECISION, COLS8)
+    update_tile(factor * u, row, col, (p, c, rows, cols, lr, decay, seed, step, tensor), PRECISION, COLS8)
