@@ -24,7 +24,7 @@ from fusedopt.backends.select import backend_names, get_backend
 from fusedopt.rule import get_rule
 
 OK, FAIL, UNCHECKED = "ok", "FAIL", "not checked"
-PARTS = ("bytes", "launches", "cuda", "triton")
+PARTS = ("bytes", "launches", "cuda", "triton", "matrix")
 # Registers of a thread that leave room for 512 threads on an SM (65536 registers): with 8 elements each of int8 AdamW on
 # bf16 they have 24 KB in flight, and an H200 needs about 25 KB for its bandwidth.
 REGISTERS = 128
@@ -253,6 +253,23 @@ def triton_gates(targets: list[str] | None) -> list[Gate]:
     return rows
 
 
+def matrix_gates(targets: list[str] | None) -> list[Gate]:
+    """Triton kernels on matrices: also instructions of the matrix units, and shared memory (gates_matrix)."""
+    module = importlib.import_module("bench.gates_matrix")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [Gate("matrix", "compiled kernels", "-", "-", UNCHECKED, "TRITON_INTERPRET=1 is set: unset it")]
+    by_name = {str(case): case for case in module.CASES}
+    rows = []
+    for row in module.resources(None if targets is None else tuple(targets)):
+        case, needs, what = by_name[row["kernel"]], row["needs"], f"{row['kernel']} {row['target']}"
+        rows += resource_gates("matrix", row, needs["loads"], needs["stores"], module.register_ceiling(case, row["target"]))
+        for name, value, low, high in module.limits(case, row):
+            good = low <= value <= high
+            limit = f"<= {high}" if low == 0 else f">= {low}"
+            rows.append(Gate("matrix", f"{what}: {name}", str(value), limit, OK if good else FAIL))
+    return rows
+
+
 def check(parts=PARTS, device: torch.device | None = None, archs: list[str] | None = None) -> list[Gate]:
     """All gates of the named parts. A part whose tools are missing gives one line that says so."""
     device = device or torch.device("cpu")
@@ -261,6 +278,7 @@ def check(parts=PARTS, device: torch.device | None = None, archs: list[str] | No
         "launches": lambda: launch_gates(device),
         "cuda": lambda: cuda_gates(archs),
         "triton": lambda: triton_gates(archs),
+        "matrix": lambda: matrix_gates(archs),
     }
     rows = []
     for part in parts:

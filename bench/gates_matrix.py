@@ -15,17 +15,10 @@ from fusedopt.precision import get_precision
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SIZE = 64  # of the matrices whose dtypes and alignment choose the constants; a kernel is the same for every size
-# Threads of a program times registers of a thread: 65536 on an NVIDIA SM, 512 for each AMD lane.
-REGISTERS = {"product": 255, "scaled": 128, "project": 255, "sums": 128}
-# Dynamic shared memory of a block on consumer GPUs (compute capability 8.6, 8.9 and 12.0); 64 KB of LDS on gfx942.
-SHARED = {"nvidia": 99 * 1024, "amd": 64 * 1024}
-# Instructions of the matrix units: HMMA is mma.sync, HGMMA wgmma, UTCHMMA tcgen05.mma (UTCQMMA for 8 bits).
-UNITS = {
-    "sm_80": r"\bHMMA\.",
-    "sm_90": r"\bHGMMA\.",
-    "sm_100": r"\bUTC[HQ]?MMA\b",
-    "gfx942": r"\bv_mfma_",
-}
+# Shared memory that a block can have on consumer GPUs (compute capability 8.6, 8.9 and 12.0); the LDS of gfx942.
+SHARED = {"sm": 99 * 1024, "gf": 64 * 1024}
+# Instructions of the matrix units: mma.sync, wgmma, tcgen05.mma, MFMA.
+UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 class MatrixCase(NamedTuple):
@@ -48,9 +41,15 @@ class MatrixCase(NamedTuple):
         text += f" int4 {self.side}" if self.packed else f" {self.side}" if self.residual else ""
         return text
 
+    def uses_matrix_units(self, target: str) -> bool:
+        """AMD's multiply fp32 as well."""
+        multiplies = self.kind in ("product", "project")
+        return multiplies and (self.operands != F32 or self.tf32 or target.startswith("gfx"))
+
     @property
-    def uses_tensor_cores(self) -> bool:
-        return self.kind in ("product", "project") and (self.operands != F32 or self.tf32)
+    def common(self) -> bool:
+        """Whether to compile it for every target, not only for sm_90."""
+        return self in COMMON
 
 
 # Every kind in its cheapest form; precisions, residuals, sides and packed operands where they take other code.
@@ -73,6 +72,39 @@ CASES = (
     MatrixCase("sums"),
     MatrixCase("sums", operands=F32),
 )
+
+COMMON = tuple(
+    case
+    for case in CASES
+    if (case.residual or case.packed or case.kind != "product" or case.precision in ("nearest", "kahan"))
+    and (case.kind, case.precision, case.residual) != ("product", "split24", "sign")
+    and not (case.operands == F32 and case.param == BF16)
+)
+
+
+def register_ceiling(case: MatrixCase, target: str) -> int:
+    """128 registers of 256 threads let two programs share an SM of sm_90 and sm_100: one multiplies, the other updates.
+
+    On sm_80 operands are in registers too; int4 operands are everywhere until they are decoded. Three streams of p and its
+    master weights, one fp32 and one not, need 6 more. Elementwise kernels run 4 programs of 256 threads an SM, sums 3.
+    """
+    if target.startswith("gfx"):
+        return 256
+    if case.kind in ("scaled", "sums"):
+        return 64 if case.kind == "scaled" else 80
+    if target == "sm_80" or case.packed or case.precision in ("kahan", "master"):
+        return 255 if target == "sm_80" or case.packed else 136
+    return 128
+
+
+def limits(case: MatrixCase, row: dict) -> list[tuple[str, int, int, int]]:
+    """(what, value, at least, at most) of a row of `resources` beyond registers, spills and widths."""
+    out = [("shared memory", row["shared"], 0, SHARED[row["target"][:2]])]
+    if case.uses_matrix_units(row["target"]):
+        out.append((f"matrix instructions ({row['unit']})", row["matrix_instructions"], 1, 1 << 30))
+    if row["target"].startswith("sm_") and case.kind in ("product", "project"):
+        out.append(("16-byte copies to shared memory", row["wide_copies"], 1, 1 << 30))
+    return out
 
 
 def int4_matrix(rows: int, cols: int) -> Int4Matrix:
@@ -164,23 +196,38 @@ def compile_case(case: MatrixCase, target: str):
     return triton.compile(ASTSource(kernel, signature, constants, divisible), target=machine, options=options)
 
 
-def _needs(case: MatrixCase) -> dict:
-    """The fewest 16-byte and 8-byte accesses of full tiles: one for each stream of p, companion and gradient, and of the
-    operands, which may go through asynchronous copies instead. {"loads": (16 bytes, 8 bytes), "stores": ...}."""
-    streams = [case.param]
-    precision = get_precision(case.precision).for_dtype(case.param)
-    narrow = 0
+def _needs(case: MatrixCase, target: str) -> dict:
+    """The fewest accesses of a full tile, {"loads": (16 bytes, 8 bytes), "stores": ...}: each stream of p, its companion and the
+    gradient in 16-byte pieces, 8-bit companions in 8. Operands of a matmul go through asynchronous copies on NVIDIA
+    (`wide_copies`) and add to the loads on AMD, whose matrix units leave a thread 4 numbers of a narrow result.
+    """
+    nvidia = not target.startswith("gfx")
+    _, constants, _ = arguments(case, nvidia)
+    threads = 256 if constants["num_warps"] == 8 or not nvidia else 128
+
+    def accesses(*dtypes: torch.dtype) -> int:
+        return sum(elements * dtype.itemsize // 16 for dtype in dtypes)
+
     if case.kind == "sums":
-        return {"loads": (1, 0), "stores": (0, 0)}
+        elements = matrix_sums_piece() // threads
+        return {"loads": (accesses(case.operands), 0), "stores": (0, 0)}
+    elements = constants["BM"] * constants["BN"] // threads
     if case.kind == "project":
-        return {"loads": (1, 0), "stores": (1, 0)}
-    if precision.companion and precision.companion_dtype(case.param) == torch.int8:
-        narrow = 1
-    elif precision.companion:
-        streams.append(precision.companion_dtype(case.param))
-    stores = len(streams)
-    loads = stores - (precision.name == "master") + (case.residual is not None or case.kind == "scaled")
-    return {"loads": (loads, narrow), "stores": (stores, narrow)}
+        stores = accesses(case.operands)
+        return {"loads": (0 if nvidia else 1, 0), "stores": (stores, 0) if nvidia else (0, 2 * stores)}
+    precision = get_precision(case.precision).for_dtype(case.param)
+    kept = [precision.companion_dtype(case.param)] if precision.companion else []
+    eights = elements // 8 if torch.int8 in kept else 0
+    kept = [dtype for dtype in kept if dtype != torch.int8]
+    read = kept if precision.name == "master" else [case.param, *kept]
+    read = read + [case.operands] * (case.residual is not None or case.kind == "scaled")
+    return {"loads": (accesses(*read), eights), "stores": (accesses(case.param, *kept), eights)}
+
+
+def matrix_sums_piece() -> int:
+    from fusedopt.kernels.matrix_sums import PIECE, TILE_COLS
+
+    return PIECE.value * TILE_COLS.value
 
 
 def _resources(job: tuple[MatrixCase, str]) -> dict:
@@ -194,16 +241,25 @@ def _resources(job: tuple[MatrixCase, str]) -> dict:
         "target": target,
         **use,
         "shared": kernel.metadata.shared,
-        "tensor_cores": len(re.findall(UNITS[target], text)) if target in UNITS else 0,
+        "unit": UNITS.get(target, ""),
+        "matrix_instructions": len(re.findall(rf"\b{UNITS[target]}[._ ]", text)) if target in UNITS else 0,
         "wide_copies": len(re.findall(r"\bLDGSTS\.E\S*128", text)),
-        "needs": _needs(case),
+        "needs": _needs(case, target),
     }
 
 
-def resources(targets=TARGETS, cases=CASES, workers: int = 2) -> list[dict]:
-    """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits: count}),
-    tensor_cores (instructions), wide_copies (16-byte copies to shared memory), needs. Not under TRITON_INTERPRET=1."""
-    jobs = [(case, target) for case in cases for target in targets]
+def resources(targets=None, cases=CASES, workers: int = 2) -> list[dict]:
+    """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits: count}), unit
+    and matrix_instructions (how many of it), wide_copies (16-byte copies to shared memory), needs (`_needs`).
+
+    targets: None for sm_90, and all TARGETS for COMMON cases, which keeps this under a minute. Not under TRITON_INTERPRET=1.
+    """
+    jobs = [
+        (case, target)
+        for case in cases
+        for target in targets or TARGETS
+        if targets or target == "sm_90" or case.common
+    ]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_resources, jobs, chunksize=1))
 
@@ -212,5 +268,5 @@ if __name__ == "__main__":
     import json
     import sys
 
-    for row in resources(tuple(sys.argv[1:]) or TARGETS):
+    for row in resources(tuple(sys.argv[1:]) or None):
         print(json.dumps(row))

@@ -55,19 +55,19 @@ def test_mixed_types(source, operands, grad, param):
     assert_exact_step(problem, BACKEND)
 
 
-@pytest.mark.parametrize("shape", ((1, 1), (1, 7), (9, 1), (2, 8), (129, 3), (3, 257), (130, 264)))
-@pytest.mark.parametrize("rank", (1, 65, 128))
+@pytest.mark.parametrize(
+    "shape,rank",
+    (((1, 1), 1), ((1, 7), 65), ((9, 1), 128), ((2, 8), 65), ((129, 3), 1), ((3, 257), 128), ((130, 136), 65)),
+)
 @pytest.mark.parametrize("source", ("sign", "product"))
 def test_tails(shape, rank, source):
     """Matrices smaller than a tile, and one row or column more than whole tiles; ranks of one to three rounds."""
     assert_exact_step(make_matrix_problem(shape, rank, source=source, precision="stochastic", seed=2), BACKEND)
 
 
-@pytest.mark.parametrize("source,operands", (("product", BF16), ("sign", F32)))
-def test_more_than_a_band_of_tiles(source, operands):
-    """Every tile is owned by one program: the last band has fewer rows of tiles than the others."""
-    shape = (9 * 128 + 5, 136) if operands == BF16 else (9 * 64 + 5, 72)
-    problem = make_matrix_problem(shape, 8, source=source, operand_dtype=operands, precision="stochastic")
+def test_more_than_a_band_of_tiles():
+    """Every tile is owned by one program: 10 rows of 3 tiles, of which the last band has 2."""
+    problem = make_matrix_problem((9 * 64 + 5, 136), 8, operand_dtype=F32, precision="stochastic")
     assert_exact_step(problem, BACKEND)
 
 
@@ -105,7 +105,7 @@ def test_factors(factors):
 
 @pytest.mark.parametrize("packed", ("left", "right"))
 @pytest.mark.parametrize("source", ("product", "sign"))
-@pytest.mark.parametrize("shape,rank,group", (((40, 72), 24, 256), ((41, 73), 19, 256), ((130, 40), 72, 64)))
+@pytest.mark.parametrize("shape,rank,group", (((40, 72), 24, 256), ((41, 73), 19, 256), ((66, 40), 72, 64)))
 def test_int4_operands(packed, source, shape, rank, group):
     """Groups that end within a row; rows that begin in the middle of a byte."""
     problem = make_matrix_problem(

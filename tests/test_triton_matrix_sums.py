@@ -35,10 +35,16 @@ def random_grad(shape, dtype, seed=0) -> torch.Tensor:
     return guarded((x * 10.0 ** torch.arange(shape[1]).remainder(3).neg()).to(dtype).view(-1)).view(shape)
 
 
-@pytest.mark.parametrize("shape", ((1, 1), (7, 5), (128, 256), (129, 257), (300, 520), (3, 1000), (2200, 9)))
+@pytest.mark.parametrize("shape", ((1, 1), (7, 5), (128, 256), (129, 257), (3, 1000)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_sums(shape, dtype):
     grad = random_grad(shape, dtype)
+    for got, want in zip(sums(grad), exact(grad), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+
+
+def test_more_tiles_than_are_added_at_a_time():
+    grad = random_grad((17 * 128 - 1, 9), torch.bfloat16)
     for got, want in zip(sums(grad), exact(grad), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
 
