@@ -262,7 +262,9 @@ def matrix_gates(targets: list[str] | None) -> list[Gate]:
     rows = []
     for row in module.resources(None if targets is None else tuple(targets)):
         case, needs, what = by_name[row["kernel"]], row["needs"], f"{row['kernel']} {row['target']}"
-        rows += resource_gates("matrix", row, needs["loads"], needs["stores"], module.register_ceiling(case, row["target"]))
+        rows += resource_gates(
+            "matrix", row, needs["loads"], needs["stores"], module.register_ceiling(case, row["target"])
+        )
         for name, value, low, high in module.limits(case, row):
             good = low <= value <= high
             limit = f"<= {high}" if low == 0 else f">= {low}"

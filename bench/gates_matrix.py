@@ -255,10 +255,7 @@ def resources(targets=None, cases=CASES, workers: int = 2) -> list[dict]:
     targets: None for sm_90, and all TARGETS for COMMON cases, which keeps this under a minute. Not under TRITON_INTERPRET=1.
     """
     jobs = [
-        (case, target)
-        for case in cases
-        for target in targets or TARGETS
-        if targets or target == "sm_90" or case.common
+        (case, target) for case in cases for target in targets or TARGETS if targets or target == "sm_90" or case.common
     ]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_resources, jobs, chunksize=1))

@@ -155,7 +155,9 @@ def make_matrix_problem(
     w = w if exact else torch.randn(rows * cols, generator=gen)
     p, companion = (w if keeps.companion else (w * 32).round() / 32).to(param_dtype), None
     if keeps.companion:
-        p, companion = keeps.store(w, param_dtype, torch.zeros(rows * cols, dtype=torch.int64) if keeps.random else None)
+        p, companion = keeps.store(
+            w, param_dtype, torch.zeros(rows * cols, dtype=torch.int64) if keeps.random else None
+        )
         companion = buffer(companion.view(shape), shift=offset)
     p = buffer(p.view(shape), shift=offset)
     grad = left = right = grad_left = grad_right = row_factor = col_factor = None

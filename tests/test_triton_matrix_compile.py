@@ -56,6 +56,7 @@ def test_nothing_spills(rows):
     assert not {(row["kernel"], row["target"]): row["spills"] for row in rows if row["spills"]}
 
 
+@pytest.mark.skipif(not NEW, reason="measured with Triton 3.9")
 def test_registers(rows):
     from bench.gates_matrix import register_ceiling
 

@@ -50,7 +50,7 @@ def nvidia(device: torch.device) -> bool:
 
 
 def arithmetic(dtype: torch.dtype, on_nvidia: bool) -> str:
-    """"half", "ieee" or "tf32": fp32 matmuls follow torch.set_float32_matmul_precision. AMD multiplies fp32 exactly."""
+    """ "half", "ieee" or "tf32": fp32 matmuls follow torch.set_float32_matmul_precision. AMD multiplies fp32 exactly."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if on_nvidia and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -175,9 +175,7 @@ def product_kernel(
             )
             second = dot(a, b, second, INPUT_PRECISION)
         elif SHARED == SHARED_RIGHT:
-            a = operand_tile(
-                grad_left, grad_left_scale, grad_left_zero, row, k, rows, rank, TYPE, BM, BK, GROUP, RANK8
-            )
+            a = operand_tile(grad_left, grad_left_scale, grad_left_zero, row, k, rows, rank, TYPE, BM, BK, GROUP, RANK8)
             second = dot(a, b, second, INPUT_PRECISION)
     if RESIDUAL != 0 and SHARED == 0:
         for k in steps(0, grad_rank, BK):
