@@ -146,7 +146,7 @@ def arguments(case: MatrixCase, nvidia: bool):
         types |= {"row_factor": F32, "col_factor": F32}
         return matrix.scaled_kernel, triton_matrix.scaled_constants(work, nvidia), types
     if case.kind == "sums":
-        parts = ("row_part", "col_part", "total_part", "row_weight", "col_weight")
+        parts = ("row_part", "col_part", "total_part", "row_weight", "col_weight", "mul")
         types |= dict.fromkeys(parts, F32)
         return matrix_sums.partial_kernel, triton_matrix.sums_constants(work.grad, nvidia), types
     packed = {"": torch.uint8, "_scale": F32, "_zero": torch.uint8}

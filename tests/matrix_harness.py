@@ -207,7 +207,7 @@ def assert_exact_step(problem: MatrixProblem, backend) -> None:
     weights, param, companion = reference_apply_matrix(problem.work)
     assert torch.equal(weights.float().double(), weights), "the problem is not exact in fp32"
     before = problem.snapshot()
-    backend.apply_matrix(problem.work)
+    assert backend.apply_matrix(problem.work) is True
     assert_same_bits(problem.work.param, param)
     if companion is not None:
         assert_same_bits(problem.work.companion, companion)
@@ -234,7 +234,7 @@ def assert_close_step(problem: MatrixProblem, backend, rtol: float = 2e-6) -> No
         sums = dense(work.left).abs() @ dense(work.right).abs()
         if work.residual:
             sums = sums + dense(work.grad_left).abs() @ dense(work.grad_right).abs()
-    backend.apply_matrix(work)
+    assert backend.apply_matrix(work) is True
     flat = None if work.companion is None else work.companion.reshape(-1)
     got = precision.load(work.param.reshape(-1), flat, torch.float64).view(work.param.shape)
     step = {"nearest": 0.5, "stochastic": 1.0}.get(precision.name)

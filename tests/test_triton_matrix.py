@@ -175,6 +175,19 @@ def test_shapes_that_do_not_fit():
         BACKEND.apply_matrix(problem.work)
 
 
+def test_what_kernels_cannot_read_is_left_alone():
+    problem = make_matrix_problem((20, 40), 8, source="gradient")
+    before = problem.snapshot()
+    problem.work.grad = problem.work.grad.t().contiguous().t()
+    assert BACKEND.apply_matrix(problem.work) is False
+    problem.work.grad = problem.work.grad.contiguous().double()
+    assert BACKEND.apply_matrix(problem.work) is False
+    assert torch.equal(problem.snapshot()[0], before[0])
+    packed = pack_int4(20, 8, torch.Generator())
+    grad, out = torch.zeros(20, 40, dtype=torch.float64), torch.zeros(8, 40, dtype=torch.float64)
+    assert BACKEND.project_packed(grad, packed, "left", out) is False
+
+
 @triton.jit
 def bits_kernel(out, seed, first, step, tensor, N: tl.constexpr):
     base = tl.load(first)
@@ -210,7 +223,7 @@ def test_project_packed(side, shape, rank, dtype):
     packed = pack_int4(*((rows, rank) if side == "left" else (rank, cols)), gen)
     size = (rank, cols) if side == "left" else (rows, rank)
     out = guarded(torch.full((size[0] * size[1],), float("nan")))
-    BACKEND.project_packed(grad, packed, side, out.view(size))
+    assert BACKEND.project_packed(grad, packed, side, out.view(size))
     exact = dense(packed).T @ grad.double() if side == "left" else grad.double() @ dense(packed).T
     assert torch.equal(out.view(size).double(), exact)
     assert guards_untouched(out)

@@ -18,7 +18,7 @@ def sums(grad, rows=True, cols=True, total=True, **options):
     """The three sums as fp32 (None where not asked for), checked for writes outside."""
     sizes = ((rows, grad.shape[0]), (cols, grad.shape[1]), (total, 1))
     outs = [guarded(torch.full((n,), float("nan"))) if wanted else None for wanted, n in sizes]
-    BACKEND.row_col_sums(grad, *outs, **options)
+    assert BACKEND.row_col_sums(grad, *outs[:2], total_out=outs[2], **options)
     assert all(out is None or guards_untouched(out) for out in outs)
     return outs
 
@@ -63,11 +63,10 @@ def test_weights(row, col):
         assert ((x.double() - y).abs() <= 2e-6 * size).all()
 
 
-def test_unscaling_clip_and_eps():
+def test_mul_and_eps():
     grad = random_grad((50, 90), torch.float16)
-    options = {"grad_scale": torch.tensor([64.0]), "clip": torch.tensor([0.3]), "eps": 1e-3}
-    mul = float(torch.tensor(0.3)) / 64
-    for got, want in zip(sums(grad, **options), exact(grad, mul, 1e-3), strict=True):
+    mul = torch.tensor([0.3 / 64])
+    for got, want in zip(sums(grad, mul=mul, eps=1e-3), exact(grad, float(mul), 1e-3), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
 
 
@@ -77,6 +76,21 @@ def test_eps_counts_every_element_once():
     torch.testing.assert_close(rows, torch.full((131,), 259e-30), rtol=1e-6, atol=0)
     torch.testing.assert_close(cols, torch.full((259,), 131e-30), rtol=1e-6, atol=0)
     torch.testing.assert_close(total, torch.tensor([131 * 259e-30]), rtol=1e-6, atol=0)
+
+
+def test_the_sum_of_the_squares_of_an_update():
+    grad, gen = random_grad((33, 48), torch.float32), torch.Generator().manual_seed(2)
+    a, b, out = torch.rand(33, generator=gen), torch.rand(48, generator=gen), torch.zeros(1)
+    assert BACKEND.weighted_square_sum(grad, a, b, out)
+    update = grad.double() * a.double().sqrt()[:, None] * b.double().sqrt()
+    torch.testing.assert_close(out.double(), update.square().sum().view(1), rtol=2e-6, atol=0)
+
+
+def test_what_kernels_cannot_read_is_left_alone():
+    out = torch.full((4,), 7.0)
+    for grad in (torch.zeros(4, 6, dtype=torch.float64), torch.zeros(6, 4).t()):
+        assert not BACKEND.row_col_sums(grad, out)
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("wanted", ((True, False, False), (False, True, False), (False, False, True)))

@@ -121,47 +121,56 @@ class TritonBackend:
 
             self._blockwise(dequantize_kernel, (codes, scale, out), out.numel(), form.code(signed))
 
-    def apply_matrix(self, work: MatrixWork) -> None:
-        """One launch: a tile of the product and its update in the same program (kernels/matrix.py)."""
+    def apply_matrix(self, work: MatrixWork) -> bool:
+        """One launch: a tile of the product and its update in the same program (kernels/matrix.py).
+
+        False, with nothing done, for fp64 and for tensors with gaps. Raises ValueError where shapes do not fit.
+        """
         from fusedopt.backends.triton_matrix import apply_matrix
 
         with _on(work.param.device):
-            apply_matrix(work)
+            return apply_matrix(work)
 
-    def project_packed(self, grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> None:
+    def project_packed(self, grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> bool:
         """out = P^T grad (side "left", P [rows, r], out [r, cols]) or grad P^T (side "right", P [r, cols], out [rows, r]).
 
-        grad and out are contiguous, fp32, bf16 or fp16; P is rounded to grad's dtype, sums are fp32. Raises ValueError
-        where shapes do not fit.
+        fp32, bf16 or fp16; P is rounded to grad's dtype, sums are fp32. False, with nothing done, for fp64 and for tensors
+        with gaps. Raises ValueError where shapes do not fit.
         """
         from fusedopt.backends.triton_matrix import project_packed
 
         with _on(grad.device):
-            project_packed(grad, packed, side, out)
+            return project_packed(grad, packed, side, out)
 
     def row_col_sums(
         self,
         grad: torch.Tensor,
         row_out: torch.Tensor | None = None,
         col_out: torch.Tensor | None = None,
-        total_out: torch.Tensor | None = None,
+        mul: torch.Tensor | None = None,
         *,
+        total_out: torch.Tensor | None = None,
         row_weight: torch.Tensor | None = None,
         col_weight: torch.Tensor | None = None,
-        grad_scale: torch.Tensor | None = None,
-        clip: torch.Tensor | None = None,
         eps: float = 0.0,
-    ) -> None:
-        """Weighted sums of q = (grad / grad_scale * clip)^2 + eps in one read of grad [rows, cols], contiguous.
+    ) -> bool:
+        """Weighted sums of q = (mul * grad)^2 + eps in one read of grad [rows, cols]. mul: fp32 [1] or None for 1.
 
         With weights a = row_weight [rows] and b = col_weight [cols], fp32, or None for 1: row_out[i] = sum_j q_ij b_j,
-        col_out[j] = sum_i a_i q_ij, total_out[0] = sum_ij a_i q_ij b_j, each fp32 or None. grad_scale, clip: fp32 [1] or
-        None. The same bits every time: no atomics. Raises ValueError for a vector of another size or dtype.
+        col_out[j] = sum_i a_i q_ij, total_out[0] = sum_ij a_i q_ij b_j, each fp32 or None. The same bits every time.
+        False, with nothing done, for fp64 and for gradients with gaps. Raises ValueError for a vector of another size or
+        dtype.
         """
         from fusedopt.backends.triton_matrix import row_col_sums
 
         with _on(grad.device):
-            row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, grad_scale, clip, eps)
+            return row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, mul, eps)
+
+    def weighted_square_sum(
+        self, grad: torch.Tensor, row_weight: torch.Tensor, col_weight: torch.Tensor, out: torch.Tensor
+    ) -> bool:
+        """out fp32 [1] = sum of grad[i, j]^2 row_weight[i] col_weight[j]. See `row_col_sums`."""
+        return self.row_col_sums(grad, total_out=out, row_weight=row_weight, col_weight=col_weight)
 
     def _blockwise(self, kernel, tensors: tuple[torch.Tensor, ...], numel: int, code: int) -> None:
         device = tensors[0].device

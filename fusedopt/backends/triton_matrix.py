@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedopt.abi import DTYPE_CODES
 from fusedopt.backends.base import Int4Matrix, MatrixWork
 
 RESIDUALS = {None: 0, "sign": 1, "gradient": 2}
@@ -200,14 +201,24 @@ def apply_scaled(work: MatrixWork) -> None:
     )
 
 
-def apply_matrix(work: MatrixWork) -> None:
+def reads(*tensors) -> bool:
+    """Whether kernels can read all tensors: of a dtype they know, without gaps."""
+    return all(
+        x is None or isinstance(x, Int4Matrix) or (x.dtype in DTYPE_CODES and x.is_contiguous()) for x in tensors
+    )
+
+
+def apply_matrix(work: MatrixWork) -> bool:
+    if not reads(work.param, work.grad, work.left, work.right, work.grad_left, work.grad_right):
+        return False
     check_operands(work)
     if work.param.numel() == 0:
-        return
+        return True
     if work.left is None:
         apply_scaled(work)
     else:
         apply_product(work)
+    return True
 
 
 def project_constants(grad: torch.Tensor, packed: Int4Matrix, side: str, on_nvidia: bool) -> dict:
@@ -226,7 +237,7 @@ def project_constants(grad: torch.Tensor, packed: Int4Matrix, side: str, on_nvid
     }
 
 
-def project_packed(grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> None:
+def project_packed(grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> bool:
     from fusedopt.kernels.project import project_kernel
 
     rows, cols = grad.shape
@@ -239,19 +250,22 @@ def project_packed(grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch
             f"a gradient of shape {(rows, cols)} projected on the {side} needs a projector of shape {shapes[0]} and an "
             f"output of shape {shapes[1]}, not {tuple(packed.shape)} and {tuple(out.shape)}"
         )
+    if not reads(grad, out):
+        return False
     if out.numel() == 0:
-        return
+        return True
     fixed = project_constants(grad, packed, side, nvidia(grad.device))
     height, width = out.shape
     grid = (-(-height // fixed["BM"]) * -(-width // fixed["BN"]),)
     project_kernel[grid](grad, *parts(packed), out, rows, cols, rank, **fixed)
+    return True
 
 
 def sums_constants(grad: torch.Tensor, on_nvidia: bool) -> dict:
     return {"COLS8": grad.shape[1] % 8 == 0, "num_warps": 8 if on_nvidia else 4, "enable_fp_fusion": True}
 
 
-def row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, grad_scale, clip, eps: float) -> None:
+def row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, mul, eps: float) -> bool:
     from fusedopt.kernels.matrix_sums import TILE_COLS, TILE_ROWS, add_kernel, partial_kernel
 
     rows, cols = grad.shape
@@ -261,17 +275,20 @@ def row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, grad
         ("total_out", total_out, 1),
         ("row_weight", row_weight, rows),
         ("col_weight", col_weight, cols),
+        ("mul", mul, 1),
     ):
         if out is not None and (out.numel() != size or out.dtype != torch.float32 or not out.is_contiguous()):
             raise ValueError(
                 f"{what} must be {size} contiguous fp32 elements for a gradient of shape {(rows, cols)}, not "
                 f"{out.numel()} of {out.dtype}"
             )
+    if not reads(grad):
+        return False
     if grad.numel() == 0:
         for out in (row_out, col_out, total_out):
             if out is not None:
                 out.zero_()
-        return
+        return True
     down, across = -(-rows // TILE_ROWS.value), -(-cols // TILE_COLS.value)
 
     def parts_of(out, count: int):
@@ -281,7 +298,7 @@ def row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, grad
     total_part = parts_of(total_out, down * across)
     fixed = sums_constants(grad, nvidia(grad.device))
     partial_kernel[(down * across,)](
-        grad, sums[0][1], sums[1][1], total_part, row_weight, col_weight, grad_scale, clip, rows, cols, float(eps),
+        grad, sums[0][1], sums[1][1], total_part, row_weight, col_weight, mul, rows, cols, float(eps),
         **fixed,
     )  # fmt: skip
     options = {name: fixed[name] for name in ("num_warps", "enable_fp_fusion")}
@@ -290,3 +307,4 @@ def row_col_sums(grad, row_out, col_out, total_out, row_weight, col_weight, grad
             add_kernel[(-(-out.numel() // 128),)](part, out, *part.shape, ROWS=16, COLS=128, **options)
     if total_out is not None:
         add_kernel[(1,)](total_part, total_out, *total_part.shape, ROWS=1024, COLS=1, **options)
+    return True

@@ -17,9 +17,9 @@ TILE_COLS = tl.constexpr(256)
 PIECE = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["grad_scale", "clip", "rows", "cols"])
+@triton.jit(do_not_specialize=["mul", "rows", "cols"])
 def partial_kernel(
-    grad, row_part, col_part, total_part, row_weight, col_weight, grad_scale, clip, rows, cols, eps,
+    grad, row_part, col_part, total_part, row_weight, col_weight, mul, rows, cols, eps,
     COLS8: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile: row_part [tiles across, rows], col_part [tiles down, cols], total_part [tiles], each or None.
@@ -30,11 +30,9 @@ def partial_kernel(
         cols = cols // 8 * 8
     across = tl.cdiv(cols, TILE_COLS)
     tile_row, tile_col = tl.program_id(0) // across, tl.program_id(0) % across
-    mul = 1.0
-    if grad_scale is not None:
-        mul = mul / tl.load(grad_scale)
-    if clip is not None:
-        mul = mul * tl.load(clip)
+    factor = 1.0
+    if mul is not None:
+        factor = tl.load(mul)
     first, col = tile_row * TILE_ROWS, tile_col * TILE_COLS
     j = col + tl.arange(0, TILE_COLS)
     weight = None
@@ -44,7 +42,7 @@ def partial_kernel(
     total = tl.zeros((PIECE,), tl.float32)
     for piece in range(0, TILE_ROWS, PIECE):
         at, inside = _piece(first + piece, col, rows, cols)
-        q = widen(tl.load(grad + at, mask=inside, other=0.0)) * mul
+        q = widen(tl.load(grad + at, mask=inside, other=0.0)) * factor
         q = tl.where(inside, q * q + eps, 0.0)
         i = first + piece + tl.arange(0, PIECE)
         a = None
