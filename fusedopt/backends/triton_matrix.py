@@ -209,9 +209,9 @@ def reads(*tensors) -> bool:
 
 
 def apply_matrix(work: MatrixWork) -> bool:
+    check_operands(work)
     if not reads(work.param, work.grad, work.left, work.right, work.grad_left, work.grad_right):
         return False
-    check_operands(work)
     if work.param.numel() == 0:
         return True
     if work.left is None:
