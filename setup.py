@@ -26,7 +26,7 @@ COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 KERNEL = "-fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
 ISAS = {"baseline": ""}
 if X86:
-    ISAS["avx2"] = "-mavx2 -mf16c"
+    ISAS["avx2"] = "-mavx2 -mf16c -mfma"  # fused only where the source says so: products of matrices
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mprefer-vector-width=512"
 
 

@@ -1,5 +1,6 @@
 // Python module fusedopt._native_cpu: runs a Launch with the driver of the instruction set it names. Integers and bytes only.
 #include "cpu/isa.h"
+#include "cpu/matrix.h"
 #include "formats.h"
 #include "rule_headers.inc"
 
@@ -32,7 +33,7 @@ bool usable(int32_t isa) {
   if (isa == kIsaBaseline) return true;
 #if defined(FO_X86)
   __builtin_cpu_init();
-  if (isa == kIsaAvx2) return __builtin_cpu_supports("avx2");
+  if (isa == kIsaAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == kIsaAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx2");
@@ -94,6 +95,23 @@ FoDriver checked_driver(int32_t isa, int32_t format, int32_t dtype, int64_t nume
   return driver(isa);
 }
 
+// Runs a packed struct of cpu/matrix.h.
+template <class Work>
+void matrix_work(const py::bytes& packed, void (*FoDriver::*run)(const void*)) {
+  Work work;
+  char* data;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(packed.ptr(), &data, &size) != 0) throw py::error_already_set();
+  if (size != Py_ssize_t(sizeof work)) throw std::invalid_argument("this work has matrix_bytes() bytes");
+  std::memcpy(&work, data, sizeof work);
+  if (work.bytes != int32_t(sizeof work)) throw std::invalid_argument("the layout of this work is another version's");
+  if (work.threads < 1 || work.rows < 0 || work.cols < 0) throw std::invalid_argument("no negative sizes, and at least one thread");
+  if (work.rows == 0 || work.cols == 0) return;
+  const FoDriver chosen = driver(work.isa);
+  py::gil_scoped_release released;
+  (chosen.*run)(&work);
+}
+
 int max_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -131,4 +149,16 @@ PYBIND11_MODULE(_native_cpu, m) {
       },
       py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("format"), py::arg("values"), py::arg("dtype"), py::arg("isa"),
       py::arg("threads"), "Decodes the codes of a blockwise format into values of a dtype, rounded to nearest even.");
+  m.def("apply_matrix", [](const py::bytes& packed) { matrix_work<fo::MatrixLaunch>(packed, &FoDriver::apply_matrix); },
+        py::arg("packed"), "Updates one projected parameter: a packed MatrixLaunch.");
+  m.def("project", [](const py::bytes& packed) { matrix_work<fo::ProjectLaunch>(packed, &FoDriver::project); }, py::arg("packed"),
+        "Projects one gradient: a packed ProjectLaunch.");
+  m.def("square_sums", [](const py::bytes& packed) { matrix_work<fo::SumsLaunch>(packed, &FoDriver::square_sums); },
+        py::arg("packed"), "Sums of squares by row and column: a packed SumsLaunch.");
+  m.def("matrix_bytes", [] { return std::make_tuple(sizeof(fo::MatrixLaunch), sizeof(fo::ProjectLaunch), sizeof(fo::SumsLaunch)); },
+        "Sizes of a packed MatrixLaunch, ProjectLaunch and SumsLaunch.");
+  m.def("apply_scratch", &fo::apply_scratch, py::arg("residual"), py::arg("threads"), "Floats of scratch of apply_matrix.");
+  m.def("project_scratch", &fo::project_scratch, py::arg("right"), py::arg("rows"), py::arg("cols"), py::arg("rank"),
+        py::arg("threads"), "Floats of scratch of project.");
+  m.def("sums_scratch", &fo::sums_scratch, py::arg("rows"), py::arg("cols"), py::arg("columns"), "Floats of scratch of square_sums.");
 }

@@ -14,6 +14,10 @@ struct FoDriver {
   void (*encode)(const void* values, int32_t dtype, int64_t numel, int32_t format, uint8_t* codes, float* scales, int32_t threads);
   void (*decode)(const uint8_t* codes, const float* scales, int64_t numel, int32_t format, void* values, int32_t dtype,
                  int32_t threads);
+  // The structs of matrix.h.
+  void (*apply_matrix)(const void* launch);
+  void (*project)(const void* launch);
+  void (*square_sums)(const void* launch);
 };
 
 namespace fo_baseline { FoDriver driver(); }

@@ -1,10 +1,13 @@
-// What an instruction set offers: the steps of all rules, the norms, and tensors of codes on their own.
+// What an instruction set offers: the steps of all rules, the norms, tensors of codes on their own, and matrices.
 #include "isa.h"
 #include "tile.h"
 
 namespace fo {
 
 void norm(const void* launch);  // reduce.cpp
+void apply_matrix(const void* launch);
+void project(const void* launch);
+void square_sums(const void* launch);
 
 #define FO_LIST(Type) void step_##Type(const void*);
 #include "rules.inc"
@@ -16,6 +19,6 @@ static void (*const steps[])(const void*) = {
 };
 #undef FO_LIST
 
-FoDriver driver() { return {steps, norm, encode_tensor, decode_tensor}; }
+FoDriver driver() { return {steps, norm, encode_tensor, decode_tensor, apply_matrix, project, square_sums}; }
 
 }  // namespace fo

@@ -126,9 +126,11 @@ void store_param(const Launch& launch, const Row& row, const Head& head, int64_t
   }
   const int64_t companion = row[kCompanion];
   uint16_t* p = at<uint16_t>(row[kParam], offset);
-  uint16_t random[kTile];
+  uint16_t bits[kTile + kBlock];
+  const int early = int(offset % kBlock);  // rows of a matrix may start anywhere, random bits do at a block
+  const uint16_t* random = bits + early;
   if (launch.precision == kStochastic || launch.precision == kKahan || launch.precision == kSplit24) {
-    random_bits(head, uint32_t(row.tensor()), 0, offset, n, random);
+    random_bits(head, uint32_t(row.tensor()), 0, offset - early, n + early, bits);
   }
   switch (launch.precision) {
     case kStochastic:

@@ -7,7 +7,8 @@ import os
 import torch  # before the extension, which then shares torch's OpenMP runtime and its threads
 
 from fusedopt.abi import DTYPE_CODES
-from fusedopt.backends.base import BucketKey, Work
+from fusedopt.backends import cpu_matrix
+from fusedopt.backends.base import BucketKey, MatrixWork, Work
 from fusedopt.backends.native import NativeBackend
 from fusedopt.formats import Format
 
@@ -26,6 +27,7 @@ class CpuBackend(NativeBackend):
         """isa: name of an instruction set; None takes FUSEDOPT_CPU_ISA, or else the widest this machine has."""
         super().__init__()
         self.isa = isa or os.environ.get("FUSEDOPT_CPU_ISA") or None
+        self._scratch = cpu_matrix.Scratch()
         self._reason, self._loaded = self._load(), True
 
     def _load(self) -> str | None:
@@ -36,6 +38,8 @@ class CpuBackend(NativeBackend):
             return f"instruction set {self.isa!r} (FUSEDOPT_CPU_ISA) is not one of {', '.join(usable)}"
         self.isa = self.isa or list(usable)[-1]
         self._isa = usable[self.isa]
+        if (sizes := native.matrix_bytes()) != cpu_matrix.SIZES:
+            return f"its native module takes matrix work of {sizes} bytes, not {cpu_matrix.SIZES}. Reinstall fusedopt"
         return self._accept(native)
 
     def _unsuited(self, key: BucketKey) -> str | None:
@@ -58,3 +62,47 @@ class CpuBackend(NativeBackend):
     ) -> None:
         dtype, code, threads = DTYPE_CODES[out.dtype], form.code(signed), torch.get_num_threads()
         native.decode(codes.data_ptr(), scale.data_ptr(), out.numel(), code, out.data_ptr(), dtype, self._isa, threads)
+
+    def apply_matrix(self, work: MatrixWork) -> None:
+        """p <- p - (lr * u + decay * p) as MatrixWork says, with every precision; the same bits for every thread count.
+
+        Products of fp32 factors are fp32, or round the factors to bf16 where torch.get_float32_matmul_precision() is
+        "medium". Raises ValueError for an Int4Matrix and for tensors that are not contiguous.
+        """
+        threads = torch.get_num_threads()
+        scratch = self._scratch.take(native.apply_scratch(work.residual is not None, threads))
+        native.apply_matrix(cpu_matrix.pack_apply(work, scratch, threads, self._isa))
+        self._scratch.give_back(scratch)
+
+    def project(self, grad: torch.Tensor, projector: torch.Tensor, side: str, out: torch.Tensor) -> None:
+        """out = projector^T @ grad (side "left": [rank, cols] from a projector [rows, rank]) or grad @ projector^T
+        (side "right": [rows, rank] from [rank, cols]). fp32, bf16 or fp16, accumulated in fp32; precision as in `apply_matrix`."""
+        right, rank = cpu_matrix.project_shape(grad, projector, side)
+        threads = torch.get_num_threads()
+        scratch = self._scratch.take(native.project_scratch(right, *grad.shape, rank, threads))
+        native.project(cpu_matrix.pack_project(grad, projector, side, out, scratch, threads, self._isa))
+        self._scratch.give_back(scratch)
+
+    def row_col_sums(
+        self,
+        grad: torch.Tensor,
+        row_out: torch.Tensor | None,
+        col_out: torch.Tensor | None,
+        mul: torch.Tensor | None = None,
+    ) -> None:
+        """Sums of (mul * grad)^2 by row into row_out fp32 [rows] and by column into col_out fp32 [cols]; mul: fp32 [1]."""
+        self._sums(grad, row_out, col_out, None, mul, (None, None))
+
+    def weighted_square_sum(
+        self, grad: torch.Tensor, row_weight: torch.Tensor, col_weight: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """out fp32 [1] = sum of grad[i, j]^2 * row_weight[i] * col_weight[j]; weights fp32 [rows] and [cols]."""
+        self._sums(grad, None, None, out, None, (row_weight, col_weight))
+
+    def _sums(self, grad, row_out, col_out, total, mul, weights) -> None:
+        threads = torch.get_num_threads()
+        scratch = self._scratch.take(native.sums_scratch(*grad.shape, col_out is not None))
+        native.square_sums(
+            cpu_matrix.pack_sums(grad, row_out, col_out, total, mul, weights, scratch, threads, self._isa)
+        )
+        self._scratch.give_back(scratch)

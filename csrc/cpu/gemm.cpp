@@ -1,0 +1,300 @@
+// Kernels and packing of gemm.h. fp32 multiplies and adds are fused where the instruction set can; pairs of bf16 need
+// AVX512_BF16, which is looked for at run time. The kernel keeps 12 x 32 sums in registers (AVX-512), 6 x 16 (AVX2), 6 x 8.
+#include "gemm.h"
+
+#include "../precision.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__has_include)
+#if __has_include(<avx512bf16intrin.h>)
+#define FO_PAIRS 1
+#define FO_PAIRS_TARGET __attribute__((target("avx512bf16")))
+#endif
+#endif
+
+namespace fo {
+
+#if defined(__AVX512F__)
+typedef __m512 Vector;
+static FO_HD Vector fused(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+static FO_HD Vector broadcast(float x) { return _mm512_set1_ps(x); }
+constexpr int kRows = 12;
+#elif defined(__AVX2__) && defined(__FMA__)
+typedef __m256 Vector;
+static FO_HD Vector fused(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+static FO_HD Vector broadcast(float x) { return _mm256_set1_ps(x); }
+constexpr int kRows = 6;
+#else
+typedef float Vector __attribute__((vector_size(16)));
+static FO_HD Vector fused(Vector a, Vector b, Vector c) { return c + a * b; }
+static FO_HD Vector broadcast(float x) { return Vector{} + x; }
+constexpr int kRows = 6;
+#endif
+
+constexpr int kVectors = 2, kLanes = sizeof(Vector) / 4, kCols = kVectors * kLanes;
+constexpr int kStride = kWords + 16;  // of a left panel along k: rows of one panel start in different cache sets
+extern const int kRowStep = kRows, kColStep = kCols;
+static_assert(kRows <= kLargestPanel && 32 % kCols == 0 && kApplyRows % kRows == 0 && 48 % kRows == 0, "buffers fit all kernels");
+
+static FO_HD Vector load_vector(const float* x) {
+  Vector v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+// The sums of one call, to c; Rows times kVectors registers.
+template <int Rows>
+static FO_HD void store_sums(const Vector (&sum)[Rows][kVectors], float* c, int64_t ldc, bool add) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      const Vector v = add ? load_vector(to) + sum[i][j] : sum[i][j];
+      std::memcpy(to, &v, sizeof v);
+    }
+  }
+}
+
+// Element (i, k) of the left panel is a[i * I + k * K].
+template <int Rows, int I, int K>
+static void kernel(const float* a, const float* b, float* c, int words, int64_t ldc, bool add) {
+  Vector sum[Rows][kVectors] = {};
+  for (int k = 0; k < words; ++k) {
+    const Vector b0 = load_vector(b + k * kCols), b1 = load_vector(b + k * kCols + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vector x = broadcast(a[i * I + k * K]);
+      sum[i][0] = fused(x, b0, sum[i][0]);
+      sum[i][1] = fused(x, b1, sum[i][1]);
+    }
+  }
+  store_sums<Rows>(sum, c, ldc, add);
+}
+
+#if FO_PAIRS
+template <int Rows, int I, int K>
+FO_PAIRS_TARGET static void pair_kernel(const float* a, const float* b, float* c, int words, int64_t ldc, bool add) {
+  Vector sum[Rows][kVectors] = {};
+  for (int k = 0; k < words; ++k) {
+    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + k * kCols), b1 = (__m512bh)_mm512_loadu_si512(b + k * kCols + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const __m512bh x = (__m512bh)_mm512_set1_ps(a[i * I + k * K]);
+      sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
+      sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
+    }
+  }
+  store_sums<Rows>(sum, c, ldc, add);
+}
+#endif
+
+using Kernel = void (*)(const float*, const float*, float*, int, int64_t, bool);
+
+// Thirds of a panel: a result of 128 rows then takes 10 calls of 12 rows and one of 8.
+template <int I, int K>
+static Kernel choose(bool pairs, int rows) {
+  const int thirds = (3 * rows + kRows - 1) / kRows;
+#if FO_PAIRS
+  if (pairs) {
+    return thirds == 1 ? pair_kernel<kRows / 3, I, K> : thirds == 2 ? pair_kernel<kRows / 3 * 2, I, K> : pair_kernel<kRows, I, K>;
+  }
+#else
+  (void)pairs;
+#endif
+  return thirds == 1 ? kernel<kRows / 3, I, K> : thirds == 2 ? kernel<kRows / 3 * 2, I, K> : kernel<kRows, I, K>;
+}
+
+bool use_pairs(int32_t left, int32_t right, bool low) {
+#if FO_PAIRS
+  static const bool present = __builtin_cpu_supports("avx512bf16");
+  const auto fits = [low](int32_t dtype) { return dtype == kBF16 || (dtype == kF32 && low); };
+  return present && fits(left) && fits(right);
+#else
+  (void)left, (void)right, (void)low;
+  return false;
+#endif
+}
+
+struct Half { uint16_t bits; };
+struct Brain { uint16_t bits; };
+static FO_HD float value(float x) { return x; }
+static FO_HD float value(Half x) { return f16_to_float(x.bits); }
+static FO_HD float value(Brain x) { return bf16_to_float(x.bits); }
+
+template <class T>
+static FO_HD const T* at(const Operand& m, int64_t row, int64_t column) {
+  return reinterpret_cast<const T*>(m.address) + row * m.stride + column;
+}
+
+// Calls body(T{}) with the type of an operand's elements.
+template <class Body>
+static void by_type(int32_t dtype, const Body& body) {
+  if (dtype == kF32) body(float{});
+  else if (dtype == kBF16) body(Brain{});
+  else body(Half{});
+}
+
+template <class T>
+static void widen(const T* __restrict x, int n, float* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = value(x[i]);
+}
+
+#if FO_PAIRS
+// n values along k as pairs; an odd one is paired with 0.
+FO_PAIRS_TARGET static void pair_along(const float* x, int n, float* words) {
+  uint16_t* out = reinterpret_cast<uint16_t*>(words);
+  int i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m512bh two = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i));
+    _mm512_storeu_si512(out + i, (__m512i)two);
+  }
+  for (; i < n; ++i) out[i] = float_to_bf16(x[i]);
+  if (n & 1) out[n] = 0;
+}
+
+static void pair_along(const Brain* x, int n, float* words) {
+  std::memcpy(words, x, size_t(n) * 2);
+  if (n & 1) reinterpret_cast<uint16_t*>(words)[n] = 0;
+}
+
+// n pairs of neighbours in k that lie in two rows.
+FO_PAIRS_TARGET static void pair_across(const float* even, const float* odd, int n, float* words) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i by = _mm512_load_si512(order);
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 live = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xFFFF);
+    const __m512 low = _mm512_maskz_loadu_ps(live, even + i), high = odd ? _mm512_maskz_loadu_ps(live, odd + i) : _mm512_setzero_ps();
+    const __m512i two = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_mask_storeu_ps(words + i, live, _mm512_castsi512_ps(_mm512_permutexvar_epi16(by, two)));
+  }
+}
+
+static void pair_across(const Brain* even, const Brain* odd, int n, float* words) {
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 live = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xFFFF);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, even + i));
+    const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, odd + i)) : _mm512_setzero_si512();
+    _mm512_mask_storeu_epi32(words + i, live, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+static void pair_along(const Half*, int, float*) {}  // use_pairs() leaves fp16 alone
+static void pair_across(const Half*, const Half*, int, float*) {}
+#endif
+
+// `depth` elements along k as words.
+template <class T>
+static void words_along(const T* x, bool pairs, int depth, float* words) {
+#if FO_PAIRS
+  if (pairs) return pair_along(x, depth, words);
+#endif
+  (void)pairs;
+  widen(x, depth, words);
+}
+
+// One word of each of n columns: a row of memory, or two (odd: null where there is none).
+template <class T>
+static FO_HD void words_across(const T* row, const T* odd, bool pairs, int n, float* words) {
+#if FO_PAIRS
+  if (pairs) return pair_across(row, odd, n, words);
+#endif
+  (void)pairs, (void)odd;
+  widen(row, n, words);
+}
+
+// to[k][i] = from[i][k] for 4 x 4 words.
+static FO_HD void transpose4(const float* from, int from_stride, float* to, int to_stride) {
+#if defined(__SSE2__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride), c = _mm_loadu_ps(from + 2 * from_stride);
+  __m128 d = _mm_loadu_ps(from + 3 * from_stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + to_stride, b);
+  _mm_storeu_ps(to + 2 * to_stride, c);
+  _mm_storeu_ps(to + 3 * to_stride, d);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 4; ++k) std::memcpy(to + k * to_stride + i, from + i * from_stride + k, 4);
+#endif
+}
+
+template <class T>
+static void pack_right_as(const Operand& right, bool pairs, int64_t k, int depth, int64_t n, int columns, float* panels, float* rows) {
+  const int words = pairs ? (depth + 1) / 2 : depth;
+  if (right.along_k) {
+    for (int first = 0; first < columns; first += kCols, panels += (words + 1) * kCols) {
+      for (int part = 0; part < kCols; part += 4) {  // rows of 4 columns, then their transpose
+        for (int j = 0; j < 4; ++j) {
+          float* row = rows + j * kStride;
+          if (first + part + j < columns) words_along(at<T>(right, n + first + part + j, k), pairs, depth, row);
+          else std::memset(row, 0, size_t(words) * 4);
+        }
+        int w = 0;
+        for (; w + 4 <= words; w += 4) transpose4(rows + w, kStride, panels + w * kCols + part, kCols);
+        for (; w < words; ++w)
+          for (int j = 0; j < 4; ++j) std::memcpy(panels + w * kCols + part + j, rows + j * kStride + w, 4);
+      }
+    }
+    return;
+  }
+  const int step = pairs ? 2 : 1;
+  for (int w = 0; w < words; ++w) {
+    const T* row = at<T>(right, k + step * w, n);
+    const T* odd = pairs && step * w + 1 < depth ? row + right.stride : nullptr;
+    float* to = panels + w * kCols;
+    int j = 0;
+    for (; j + kCols <= columns; j += kCols, to += (words + 1) * kCols) {
+      words_across(row + j, odd ? odd + j : nullptr, pairs, kCols, to);
+    }
+    if (j < columns) {
+      words_across(row + j, odd ? odd + j : nullptr, pairs, columns - j, to);
+      std::memset(to + columns - j, 0, size_t(kCols - (columns - j)) * 4);
+    }
+  }
+}
+
+void pack_right(const Operand& right, bool pairs, int64_t k, int depth, int64_t n, int columns, float* panels, float* scratch) {
+  by_type(right.dtype, [&](auto type) {
+    pack_right_as<decltype(type)>(right, pairs, k, depth, n, columns, panels, scratch);
+  });
+}
+
+template <class T>
+static void pack_left(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, float* panel) {
+  const int words = pairs ? (depth + 1) / 2 : depth;
+  if (left.along_k) {
+    for (int i = 0; i < kRows; ++i) {
+      if (i < rows) words_along(at<T>(left, m + i, k), pairs, depth, panel + i * kStride);
+      else std::memset(panel + i * kStride, 0, size_t(words) * 4);
+    }
+    return;
+  }
+  const int step = pairs ? 2 : 1;
+  for (int w = 0; w < words; ++w, panel += kRows) {
+    const T* row = at<T>(left, k + step * w, m);
+    const T* odd = pairs && step * w + 1 < depth ? row + left.stride : nullptr;
+    if (rows == kRows) {
+      words_across(row, odd, pairs, kRows, panel);
+    } else {
+      words_across(row, odd, pairs, rows, panel);
+      std::memset(panel + rows, 0, size_t(kRows - rows) * 4);
+    }
+  }
+}
+
+void multiply(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, const float* panels, int columns,
+              float* c, int64_t ldc, bool add, float* scratch, Prefetch* ahead, int ahead_count) {
+  by_type(left.dtype, [&](auto type) { pack_left<decltype(type)>(left, pairs, m, rows, k, depth, scratch); });
+  const int words = pairs ? (depth + 1) / 2 : depth;
+  const Kernel run = left.along_k ? choose<kStride, 1>(pairs, rows) : choose<1, kRows>(pairs, rows);
+  for (int j = 0; j < columns; j += kCols, panels += (words + 1) * kCols) {
+    for (int i = 0; i < ahead_count; ++i) ahead[i].some();
+    run(scratch, panels, c + j, words, ldc, add);
+  }
+}
+
+}  // namespace fo
