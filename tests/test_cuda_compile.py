@@ -14,7 +14,15 @@ pytestmark = pytest.mark.skipif(gates.missing() is not None, reason=f"CUDA kerne
 
 # Registers that leave 4, 3 and 2 CTAs of 256 threads per SM (csrc/cuda/driver.cuh, kMinBlocks).
 CEILING = {0: 64, 1: 64, 2: 80, 3: 128}
-OTHERS = {"norm_kernel": 80, "encode": 80, "decode": 80}
+SQUARES = [f"squares {dtype}{weighted}" for dtype in ("fp32", "bf16", "fp16") for weighted in ("", " weighted")]
+OTHERS = {
+    "norm_kernel": 80,
+    "encode": 80,
+    "decode": 80,
+    "finish_squares": 64,
+    "finish_total": 64,
+    **dict.fromkeys(SQUARES, 80),
+}
 STATES = {"Sgd": 0, "SgdMomentum": 1, "Lars": 0, "LarsMomentum": 1, "Lion": 1, "Adam": 2, "Lamb": 2, "AdamAmsgrad": 3,
           "Ema": 1, "AdamDenominator": 2}  # fmt: skip
 
@@ -59,6 +67,12 @@ def test_full_width_accesses(kernels):
         if not name.endswith(" probe"):
             assert row["stores"][128] >= 3 * (2 + states)
             assert row["stores"].get(64, 0) == 1 + states
+
+
+def test_sums_of_squares_load_octets(kernels):
+    for name in SQUARES:  # of four rows at once
+        assert kernels[name]["loads"][128] >= 4 * (2 if "fp32" in name else 1), name
+        assert set(kernels[name]["stores"]) == {32}, name
 
 
 def test_a_probe_stores_no_tensor(kernels):

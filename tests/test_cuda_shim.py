@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import RULES, assert_bitwise, assert_close, assert_guards, make_problem, oracle, snapshot
+from harness import (
+    RULES,
+    assert_bitwise,
+    assert_close,
+    assert_guards,
+    guarded,
+    guards_untouched,
+    make_problem,
+    oracle,
+    snapshot,
+)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from simt import build as simt
@@ -294,6 +304,54 @@ def test_any_shape(cuda, rule, forms, types, numels, offset, chunk, precision):
     check(cuda, problem(rule, tuple(numels), offset=offset, chunk=chunk, precision=precision, **options))
 
 
+SUMMED = ((1, 1), (3, 1500), (130, 256), (257, 37), (300, 520))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_sums_of_squares(cuda, library, dtype):
+    """A tile adds up at most 24 terms in a chain in fp32 (16 rows and 8 warps, or 8 columns and 5 steps of a warp); squares,
+    weights and mul round 5 times. No order of the CTAs changes a bit, whatever lies next to the matrix."""
+    for rows, cols in SUMMED:
+        gen = torch.Generator().manual_seed(rows)
+        grad = guarded(torch.randn(rows * cols, generator=gen).to(dtype), rows % 2).view(rows, cols)
+        a, b, mul = torch.rand(rows, generator=gen), torch.rand(cols, generator=gen), torch.tensor([-0.37])
+        results = []
+        for order in (0, 1, 2):
+            library.order(order)
+            try:
+                row, col, total = (guarded(torch.zeros(n)) for n in (rows, cols, 1))
+                cuda.row_col_sums(grad, row, col, mul)
+                cuda.weighted_square_sum(grad, a, b, total)
+            finally:
+                library.order(0)
+            assert all(map(guards_untouched, (row, col, total)))
+            results.append([row, col, total])
+        assert_bitwise(results[0] * 2, results[1] + results[2])
+        alone = torch.empty(rows), torch.empty(cols)
+        cuda.row_col_sums(grad, alone[0], None, mul)
+        cuda.row_col_sums(grad, None, alone[1], mul)
+        assert_bitwise(alone, results[0][:2])
+        exact = grad.double().square()
+        scaled = exact * mul.double() ** 2
+        weighted = (exact * a.double()[:, None] * b.double()).sum()
+        bound = 1.01 * (16 + 24 + 5) * 2.0**-24
+        for got, want in zip(results[0], (scaled.sum(1), scaled.sum(0), weighted), strict=True):
+            assert ((got - want).abs() <= bound * want + 1e-30).all()
+
+
+def test_sums_refuse_what_the_kernels_do_not_take(cuda):
+    grad, row = torch.ones(6, 8), torch.zeros(6)
+    for given, message in (
+        ((grad.t(), None, None), "grad"),
+        ((grad, torch.zeros(8), None), "row_out"),
+        ((row, None, None), "matrix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.row_col_sums(*given)
+    with pytest.raises(ValueError, match="without elements"):
+        cuda.row_col_sums(grad[:0], row[:0], None)
+
+
 def test_launch_errors_are_raised(cuda, library):
     given = problem("adam", (300,))
     with pytest.raises(RuntimeError, match="probe"):
@@ -342,6 +400,10 @@ for name in ("int8", "int8c", "fp8", "int4"):
         codes, scale = (exact(t, offset) for t in form.encode(x, True))
         cuda.quantize(x, form, True, codes, scale)
         cuda.dequantize(codes, scale, form, True, x)
+for dtype, offset in ((torch.float32, 0), (torch.bfloat16, 1)):
+    grad = exact(torch.randn(130 * 300).to(dtype), offset).view(130, 300)
+    cuda.row_col_sums(grad, exact(torch.empty(130)), exact(torch.empty(300)), exact(torch.ones(1)))
+    cuda.weighted_square_sum(grad, exact(torch.ones(130)), exact(torch.ones(300)), exact(torch.empty(1)))
 print("clean", flush=True)
 given = harness.make_problem("adam", (300,))
 given.work.table[10] = 400

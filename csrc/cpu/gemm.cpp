@@ -1,5 +1,6 @@
 // Kernels and packing of gemm.h. fp32 multiplies and adds are fused where the instruction set can; pairs of bf16 need
-// AVX512_BF16, which is looked for at run time. The kernel keeps 12 x 32 sums in registers (AVX-512), 6 x 16 (AVX2), 6 x 8.
+// AVX512_BF16, which is looked for at run time. The kernel keeps 8 x 32 sums in registers (AVX-512),
+// 6 x 16 (AVX2) or 6 x 8: with 12 x 32 it is no faster, and 128 is no multiple of 12.
 #include "gemm.h"
 
 #include "../precision.h"
@@ -20,7 +21,7 @@ namespace fo {
 typedef __m512 Vector;
 static FO_HD Vector fused(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 static FO_HD Vector broadcast(float x) { return _mm512_set1_ps(x); }
-constexpr int kRows = 12;
+constexpr int kRows = 8;
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 Vector;
 static FO_HD Vector fused(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
@@ -36,7 +37,7 @@ constexpr int kRows = 6;
 constexpr int kVectors = 2, kLanes = sizeof(Vector) / 4, kCols = kVectors * kLanes;
 constexpr int kStride = kWords + 16;  // of a left panel along k: rows of one panel start in different cache sets
 extern const int kRowStep = kRows, kColStep = kCols;
-static_assert(kRows <= kLargestPanel && 32 % kCols == 0 && kApplyRows % kRows == 0 && 48 % kRows == 0, "buffers fit all kernels");
+static_assert(kRows <= kLargestPanel && 32 % kCols == 0 && kApplyRows % kRows == 0 && kLeftRows % kRows == 0, "buffers fit all kernels");
 
 static FO_HD Vector load_vector(const float* x) {
   Vector v;
@@ -93,18 +94,15 @@ FO_PAIRS_TARGET static void pair_kernel(const float* a, const float* b, float* c
 
 using Kernel = void (*)(const float*, const float*, float*, int, int64_t, bool);
 
-// Thirds of a panel: a result of 128 rows then takes 10 calls of 12 rows and one of 8.
+// A panel with at most half of its rows takes a kernel of half the rows.
 template <int I, int K>
 static Kernel choose(bool pairs, int rows) {
-  const int thirds = (3 * rows + kRows - 1) / kRows;
 #if FO_PAIRS
-  if (pairs) {
-    return thirds == 1 ? pair_kernel<kRows / 3, I, K> : thirds == 2 ? pair_kernel<kRows / 3 * 2, I, K> : pair_kernel<kRows, I, K>;
-  }
+  if (pairs) return 2 * rows > kRows ? pair_kernel<kRows, I, K> : pair_kernel<kRows / 2, I, K>;
 #else
   (void)pairs;
 #endif
-  return thirds == 1 ? kernel<kRows / 3, I, K> : thirds == 2 ? kernel<kRows / 3 * 2, I, K> : kernel<kRows, I, K>;
+  return 2 * rows > kRows ? kernel<kRows, I, K> : kernel<kRows / 2, I, K>;
 }
 
 bool use_pairs(int32_t left, int32_t right, bool low) {
@@ -160,30 +158,46 @@ static void pair_along(const Brain* x, int n, float* words) {
   if (n & 1) reinterpret_cast<uint16_t*>(words)[n] = 0;
 }
 
-// n pairs of neighbours in k that lie in two rows.
-FO_PAIRS_TARGET static void pair_across(const float* even, const float* odd, int n, float* words) {
-  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i by = _mm512_load_si512(order);
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 live = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xFFFF);
-    const __m512 low = _mm512_maskz_loadu_ps(live, even + i), high = odd ? _mm512_maskz_loadu_ps(live, odd + i) : _mm512_setzero_ps();
-    const __m512i two = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    _mm512_mask_storeu_ps(words + i, live, _mm512_castsi512_ps(_mm512_permutexvar_epi16(by, two)));
-  }
+// Up to 16 pairs of neighbours in k that lie in two rows.
+FO_PAIRS_TARGET static FO_HD void pair_across(const float* even, const float* odd, __mmask16 live, float* words) {
+  const __m512i by = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                      18, 2, 17, 1, 16, 0);
+  const __m512 low = _mm512_maskz_loadu_ps(live, even), high = odd ? _mm512_maskz_loadu_ps(live, odd) : _mm512_setzero_ps();
+  const __m512i two = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  _mm512_mask_storeu_ps(words, live, _mm512_castsi512_ps(_mm512_permutexvar_epi16(by, two)));
 }
 
-static void pair_across(const Brain* even, const Brain* odd, int n, float* words) {
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 live = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xFFFF);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, even + i));
-    const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, odd + i)) : _mm512_setzero_si512();
-    _mm512_mask_storeu_epi32(words + i, live, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
+static FO_HD void pair_across(const Brain* even, const Brain* odd, __mmask16 live, float* words) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, even));
+  const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, odd)) : _mm512_setzero_si512();
+  _mm512_mask_storeu_epi32(words, live, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
 static void pair_along(const Half*, int, float*) {}  // use_pairs() leaves fp16 alone
-static void pair_across(const Half*, const Half*, int, float*) {}
+static FO_HD void pair_across(const Half*, const Half*, __mmask16, float*) {}
+
+// The pairs of `pack_across`.
+template <int Width, class T>
+FO_PAIRS_TARGET static void pack_pairs_across(const T* row, int64_t stride, int depth, int columns, float* panels, int64_t panel) {
+  constexpr int kPart = Width < 16 ? Width : 16;
+  for (int k = 0; k < depth; k += 2, row += 2 * stride, panels += Width) {
+    const T* odd = k + 1 < depth ? row + stride : nullptr;
+    float* to = panels;
+    int j = 0;
+    for (; j + Width <= columns; j += Width, to += panel) {
+      for (int part = 0; part < Width; part += kPart) {
+        pair_across(row + j + part, odd ? odd + j + part : nullptr, __mmask16((1u << kPart) - 1), to + part);
+      }
+    }
+    if (j == columns) continue;
+    for (int part = 0; part < Width; part += kPart) {
+      const int left = columns - j - part;
+      const __mmask16 live = left <= 0 ? __mmask16(0) : left < kPart ? __mmask16((1u << left) - 1) : __mmask16((1u << kPart) - 1);
+      std::memset(to + part, 0, sizeof(float) * kPart);
+      pair_across(row + j + part, odd ? odd + j + part : nullptr, live, to + part);
+    }
+  }
+}
 #endif
 
 // `depth` elements along k as words.
@@ -196,14 +210,23 @@ static void words_along(const T* x, bool pairs, int depth, float* words) {
   widen(x, depth, words);
 }
 
-// One word of each of n columns: a row of memory, or two (odd: null where there is none).
-template <class T>
-static FO_HD void words_across(const T* row, const T* odd, bool pairs, int n, float* words) {
+// Rows of memory, `columns` long, to panels [words][Width] that are `panel` floats apart; missing columns are 0.
+template <int Width, class T>
+static void pack_across(const T* row, int64_t stride, bool pairs, int depth, int columns, float* panels, int64_t panel) {
 #if FO_PAIRS
-  if (pairs) return pair_across(row, odd, n, words);
+  if (pairs) return pack_pairs_across<Width>(row, stride, depth, columns, panels, panel);
 #endif
-  (void)pairs, (void)odd;
-  widen(row, n, words);
+  (void)pairs;
+  for (int k = 0; k < depth; ++k, row += stride, panels += Width) {
+    float* to = panels;
+    int j = 0;
+    for (; j + Width <= columns; j += Width, to += panel) {
+      if constexpr (sizeof(T) == 4) std::memcpy(to, row + j, sizeof(float) * Width);
+      else for (int i = 0; i < Width; ++i) to[i] = value(row[j + i]);
+    }
+    if (j == columns) continue;
+    for (int i = 0; i < Width; ++i) to[i] = j + i < columns ? value(row[j + i]) : 0.f;
+  }
 }
 
 // to[k][i] = from[i][k] for 4 x 4 words.
@@ -224,7 +247,7 @@ static FO_HD void transpose4(const float* from, int from_stride, float* to, int 
 
 template <class T>
 static void pack_right_as(const Operand& right, bool pairs, int64_t k, int depth, int64_t n, int columns, float* panels, float* rows) {
-  const int words = pairs ? (depth + 1) / 2 : depth;
+  const int words = words_of(pairs, depth);
   if (right.along_k) {
     for (int first = 0; first < columns; first += kCols, panels += (words + 1) * kCols) {
       for (int part = 0; part < kCols; part += 4) {  // rows of 4 columns, then their transpose
@@ -241,20 +264,7 @@ static void pack_right_as(const Operand& right, bool pairs, int64_t k, int depth
     }
     return;
   }
-  const int step = pairs ? 2 : 1;
-  for (int w = 0; w < words; ++w) {
-    const T* row = at<T>(right, k + step * w, n);
-    const T* odd = pairs && step * w + 1 < depth ? row + right.stride : nullptr;
-    float* to = panels + w * kCols;
-    int j = 0;
-    for (; j + kCols <= columns; j += kCols, to += (words + 1) * kCols) {
-      words_across(row + j, odd ? odd + j : nullptr, pairs, kCols, to);
-    }
-    if (j < columns) {
-      words_across(row + j, odd ? odd + j : nullptr, pairs, columns - j, to);
-      std::memset(to + columns - j, 0, size_t(kCols - (columns - j)) * 4);
-    }
-  }
+  pack_across<kCols>(at<T>(right, k, n), right.stride, pairs, depth, columns, panels, int64_t(words + 1) * kCols);
 }
 
 void pack_right(const Operand& right, bool pairs, int64_t k, int depth, int64_t n, int columns, float* panels, float* scratch) {
@@ -264,36 +274,27 @@ void pack_right(const Operand& right, bool pairs, int64_t k, int depth, int64_t 
 }
 
 template <class T>
-static void pack_left(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, float* panel) {
-  const int words = pairs ? (depth + 1) / 2 : depth;
-  if (left.along_k) {
-    for (int i = 0; i < kRows; ++i) {
-      if (i < rows) words_along(at<T>(left, m + i, k), pairs, depth, panel + i * kStride);
-      else std::memset(panel + i * kStride, 0, size_t(words) * 4);
-    }
-    return;
+static void pack_left_as(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, float* panels) {
+  const int words = words_of(pairs, depth);
+  if (!left.along_k) {
+    return pack_across<kRows>(at<T>(left, k, m), left.stride, pairs, depth, rows, panels, int64_t(words) * kRows);
   }
-  const int step = pairs ? 2 : 1;
-  for (int w = 0; w < words; ++w, panel += kRows) {
-    const T* row = at<T>(left, k + step * w, m);
-    const T* odd = pairs && step * w + 1 < depth ? row + left.stride : nullptr;
-    if (rows == kRows) {
-      words_across(row, odd, pairs, kRows, panel);
-    } else {
-      words_across(row, odd, pairs, rows, panel);
-      std::memset(panel + rows, 0, size_t(kRows - rows) * 4);
-    }
+  for (int i = 0; i < kRows; ++i) {
+    if (i < rows) words_along(at<T>(left, m + i, k), pairs, depth, panels + i * kStride);
+    else std::memset(panels + i * kStride, 0, size_t(words) * 4);
   }
 }
 
-void multiply(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, const float* panels, int columns,
-              float* c, int64_t ldc, bool add, float* scratch, Prefetch* ahead, int ahead_count) {
-  by_type(left.dtype, [&](auto type) { pack_left<decltype(type)>(left, pairs, m, rows, k, depth, scratch); });
-  const int words = pairs ? (depth + 1) / 2 : depth;
-  const Kernel run = left.along_k ? choose<kStride, 1>(pairs, rows) : choose<1, kRows>(pairs, rows);
+void pack_left(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, float* panels) {
+  by_type(left.dtype, [&](auto type) { pack_left_as<decltype(type)>(left, pairs, m, rows, k, depth, panels); });
+}
+
+void multiply(const float* left, bool along_k, bool pairs, int rows, int words, const float* panels, int columns, float* c,
+              int64_t ldc, bool add, Prefetch& ahead) {
+  const Kernel run = along_k ? choose<kStride, 1>(pairs, rows) : choose<1, kRows>(pairs, rows);
   for (int j = 0; j < columns; j += kCols, panels += (words + 1) * kCols) {
-    for (int i = 0; i < ahead_count; ++i) ahead[i].some();
-    run(scratch, panels, c + j, words, ldc, add);
+    ahead.some();
+    run(left, panels, c + j, words, ldc, add);
   }
 }
 

@@ -19,21 +19,26 @@ struct Operand {
 class Prefetch {
  public:
   Prefetch() = default;
+  // A block of `rows` runs of `bytes`, `stride` apart, spread over `calls` calls.
   Prefetch(int64_t address, int64_t rows, int64_t bytes, int64_t stride, int64_t calls)
-      : at_(reinterpret_cast<const char*>(address)), rows_(rows), width_(bytes), stride_(stride) {
-    share_ = (rows * ((bytes + 63) / 64) + calls - 1) / (calls > 0 ? calls : 1);
-  }
+      : at_(reinterpret_cast<const char*>(address)), end_(at_ + bytes), rows_(rows), width_(bytes), stride_(stride),
+        share_((rows * ((bytes + 63) / 64) + calls - 1) / calls) {}
   void some() {
-    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
-      __builtin_prefetch(at_ + offset_, 0, 2);
-      offset_ += 64;
-      if (offset_ >= width_) offset_ = 0, at_ += stride_, --rows_;
+    for (int64_t left = share_; left > 0 && rows_ > 0;) {
+      const char* until = at_ + 64 * left;
+      until = until < end_ ? until : end_;
+      left -= (until - at_ + 63) / 64;
+      for (; at_ < until; at_ += 64) __builtin_prefetch(at_, 0, 2);
+      if (at_ < end_) return;
+      at_ = end_ - width_ + stride_;
+      end_ += stride_;
+      --rows_;
     }
   }
 
  private:
-  const char* at_ = nullptr;
-  int64_t rows_ = 0, width_ = 0, stride_ = 0, offset_ = 0, share_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t rows_ = 0, width_ = 0, stride_ = 0, share_ = 0;
 };
 
 extern const int kRowStep, kColStep;  // rows and columns of a kernel call
@@ -44,9 +49,15 @@ bool use_pairs(int32_t left, int32_t right, bool low);
 // Elements [k, k + depth) x [n, n + columns) of the right operand as panels; missing columns and the odd half of a pair are 0.
 void pack_right(const Operand& right, bool pairs, int64_t k, int depth, int64_t n, int columns, float* panels, float* scratch);
 
-// c[rows, columns] (+)= left[m.., k..] * panels. rows is at most kRowStep; c has room for kRowStep rows of `ldc` floats and for the
-// columns of whole panels. scratch: kLeftFloats.
-void multiply(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, const float* panels, int columns,
-              float* c, int64_t ldc, bool add, float* scratch, Prefetch* ahead, int ahead_count);
+// Elements [m, m + rows) x [k, k + depth) of the left operand as panels of kRowStep rows; missing rows are 0. rows is at most
+// kLeftRows, or kRowStep where the operand goes along k.
+void pack_left(const Operand& left, bool pairs, int64_t m, int rows, int64_t k, int depth, float* panels);
+
+// c[rows, columns] (+)= a left panel times the panels of the right operand. words: of K. rows is at most kRowStep; c has room for
+// kRowStep rows of `ldc` floats and for the columns of whole panels.
+void multiply(const float* left, bool along_k, bool pairs, int rows, int words, const float* panels, int columns, float* c,
+              int64_t ldc, bool add, Prefetch& ahead);
+
+inline int words_of(bool pairs, int depth) { return pairs ? (depth + 1) / 2 : depth; }
 
 }  // namespace fo

@@ -60,6 +60,10 @@ static void update(const float* __restrict u, const Stage s, int n, float* __res
   for (int i = 0; i < n; ++i) p[i] = epilogue(p[i], u[i], s);
 }
 
+static void update(const float* __restrict product, float scale, const Stage s, int n, float* __restrict p) {
+  for (int i = 0; i < n; ++i) p[i] = epilogue(p[i], scale * product[i], s);
+}
+
 // What all tasks of a launch share.
 struct Update {
   const MatrixLaunch& work;
@@ -112,9 +116,9 @@ struct Update {
   void row(const Row& entry, int64_t r, int64_t col, int n, float* u, const float* back) const {
     alignas(64) float params[kTile], grads[kTile];
     const int64_t offset = r * work.cols + col;
-    if (work.left) {
+    if (work.left && work.residual != kNoResidual) {
       scale_product(work.scale, n, u);
-    } else {
+    } else if (!work.left) {
       const float* g = load_tile(work.grad, work.grad_dtype, offset, n, grads);
       const float by = work.row_factor ? work.scale * reinterpret_cast<const float*>(work.row_factor)[r] : work.scale;
       if (work.col_factor) scale_gradient(g, reinterpret_cast<const float*>(work.col_factor) + col, by, n, u);
@@ -126,7 +130,8 @@ struct Update {
       else add_rest(g, back, residual, n, u);
     }
     float* p = load_param(launch, entry, offset, n, params);
-    update(u, stage, n, p);
+    if (work.left && work.residual == kNoResidual) update(u, work.scale, stage, n, p);
+    else update(u, stage, n, p);
     store_param(launch, entry, head, offset, n, p);
   }
 
@@ -147,16 +152,16 @@ struct Update {
           for (int done = 0; done < rows; done += kRowStep) {
             const int some = rows - done < kRowStep ? rows - done : kRowStep;
             const int64_t offset = (r + done) * work.cols + col;
-            Prefetch ahead[2];
+            Prefetch ahead;  // of the weights during the first product, of the gradient during the second
             if (k == 0 && i == 0) {
               const int64_t weights = work.precision == kMaster && work.companion ? work.companion : work.param;
-              ahead[0] = Prefetch(weights + offset * param_bytes, some, int64_t(columns) * param_bytes, work.cols * param_bytes, calls);
-              if (work.residual != kNoResidual) {
-                ahead[1] = Prefetch(work.grad + offset * grad_bytes, some, int64_t(columns) * grad_bytes, work.cols * grad_bytes, calls);
-              }
+              ahead = Prefetch(weights + offset * param_bytes, some, int64_t(columns) * param_bytes, work.cols * param_bytes, calls);
+            } else if (k == 0) {
+              ahead = Prefetch(work.grad + offset * grad_bytes, some, int64_t(columns) * grad_bytes, work.cols * grad_bytes, calls);
             }
-            multiply(part.left, part.pairs, r + done, some, k, depth, part.panels, columns, part.tile + done * width, width, k > 0,
-                     scratch, ahead, 2);
+            pack_left(part.left, part.pairs, r + done, some, k, depth, scratch);
+            multiply(scratch, true, part.pairs, some, words_of(part.pairs, depth), part.panels, columns, part.tile + done * width,
+                     width, k > 0, ahead);
           }
         }
       }

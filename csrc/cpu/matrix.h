@@ -44,7 +44,8 @@ struct SumsLaunch {
 constexpr int kWords = 256;        // words of K per block
 constexpr int kLargestPanel = 16;  // room for the rows that one kernel call takes
 constexpr int kPad = 64;           // floats: keeps the buffers of a thread in lines of their own
-constexpr int kLeftFloats = kLargestPanel * (kWords + 16) + kPad;
+constexpr int kLeftRows = 48;      // of a left operand that are packed at once: a multiple of all row steps
+constexpr int kLeftFloats = (kLeftRows + kLargestPanel) * (kWords + 16) + kPad;
 FO_HD int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 FO_HD int64_t right_floats(int64_t columns) { return (kWords + 1) * round_up(columns, 32) + kPad; }
 
@@ -65,10 +66,10 @@ struct ProjectPlan {
     side = right ? rows : cols, depth = right ? cols : rows;
     int64_t room = 65536 / (rank ? rank : 1);
     if (right) {
-      block = side / 16 / 48 * 48;
+      block = round_up((side + 15) / 16, 8);
+      if (block > room) block = room / 8 * 8;
       block = block > 480 ? 480 : block < 48 ? 48 : block;
-      if (block > room) block = room / 48 * 48 > 48 ? room / 48 * 48 : 48;
-      tile = block * round_up(rank, 32);
+      tile = (block + kLargestPanel) * round_up(rank, 32);
     } else {
       block = room / 32 * 32;
       block = block > 256 ? 256 : block < 64 ? 64 : block;

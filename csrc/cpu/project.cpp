@@ -53,7 +53,7 @@ struct Projection {
     float *panels = scratch + kLeftFloats, *tile = panels + right_floats(kProjectCols);
     const int64_t ldc = round_up(columns, 32);
     for (int64_t k = from; k < to; k += block) {
-      const int depth = int(to - k < block ? to - k : block);
+      const int depth = int(to - k < block ? to - k : block), words = words_of(pairs, depth);
       const int64_t next = k + depth, deep = to - next < block ? to - next : block;
       for (int64_t part = 0; part < columns; part += kProjectCols) {
         const int wide = int(columns - part < kProjectCols ? columns - part : kProjectCols);
@@ -73,7 +73,11 @@ struct Projection {
             block_ahead = Prefetch(work.grad + (ahead * work.cols + at_k) * grad_bytes, length > 0 ? count : 0, length * grad_bytes,
                                    work.cols * grad_bytes, calls);
           }
-          multiply(left, pairs, row + r, some, k, depth, panels, wide, tile + r * ldc + part, ldc, k > from, scratch, &block_ahead, 1);
+          const int group = int(rows - r < kLeftRows ? rows - r : kLeftRows);
+          if (work.right) pack_left(left, pairs, row + r, some, k, depth, scratch);
+          else if (r % kLeftRows == 0) pack_left(left, pairs, row + r, group, k, depth, scratch);
+          const float* packed = work.right ? scratch : scratch + r % kLeftRows * words;
+          multiply(packed, left.along_k, pairs, some, words, panels, wide, tile + r * ldc + part, ldc, k > from, block_ahead);
         }
       }
     }

@@ -42,6 +42,16 @@ void decode(int64_t codes, int64_t scales, int64_t numel, int format, int64_t va
   accepted(fo_cuda_decode(codes, scales, numel, format, values, dtype, reinterpret_cast<void*>(stream)));
 }
 
+void row_col_sums(int64_t grad, int dtype, int64_t rows, int64_t cols, int64_t mul, int64_t row_out, int64_t col_out, int64_t scratch,
+                  uintptr_t stream) {
+  accepted(fo_cuda_row_col_sums(grad, dtype, rows, cols, mul, row_out, col_out, scratch, reinterpret_cast<void*>(stream)));
+}
+
+void weighted_square_sum(int64_t grad, int dtype, int64_t rows, int64_t cols, int64_t row_weight, int64_t col_weight, int64_t out,
+                         int64_t scratch, uintptr_t stream) {
+  accepted(fo_cuda_weighted_square_sum(grad, dtype, rows, cols, row_weight, col_weight, out, scratch, reinterpret_cast<void*>(stream)));
+}
+
 std::vector<std::tuple<std::string, std::string, std::string, int>> describe() {
   std::vector<std::tuple<std::string, std::string, std::string, int>> rules;
   for (const fo::RuleInfo& r : fo::kRules) rules.emplace_back(r.name, r.states, r.scalars, r.trust_on);
@@ -69,6 +79,13 @@ PYBIND11_MODULE(_native_cuda, m) {
         py::arg("stream"), "Enqueues the encoding of a flat tensor in a blockwise format (FormatId | 0x100 for signed).");
   m.def("decode", &decode, py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("format"), py::arg("values"), py::arg("dtype"),
         py::arg("stream"), "Enqueues the decoding of a flat tensor, rounded to nearest even.");
+  m.def("sums_scratch", &fo_cuda_sums_scratch, py::arg("rows"), py::arg("cols"), "Floats of scratch of the two sums of squares.");
+  m.def("row_col_sums", &row_col_sums, py::arg("grad"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("mul"),
+        py::arg("row_out"), py::arg("col_out"), py::arg("scratch"), py::arg("stream"),
+        "Enqueues the sums of (mul * grad)^2 by row and by column; an address 0 does not apply.");
+  m.def("weighted_square_sum", &weighted_square_sum, py::arg("grad"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
+        py::arg("row_weight"), py::arg("col_weight"), py::arg("out"), py::arg("scratch"), py::arg("stream"),
+        "Enqueues the sum of grad^2 with a weight for each row and each column.");
   m.def("launch_bytes", [] { return sizeof(fo::Launch); }, "Size of a packed Launch.");
   m.def("describe", &describe, "(name, states, scalars, trust_on) of every rule, in the order of rule ids.");
   m.def("device_count", &device_count, "Number of CUDA devices; raises RuntimeError where there is no driver.");

@@ -6,6 +6,13 @@ const char* fo_cuda_norm(const fo::Launch& launch, void* stream);
 // Device addresses; format: a Launch's format word. Null, or what is wrong.
 const char* fo_cuda_encode(int64_t values, int dtype, int64_t numel, int format, int64_t codes, int64_t scales, void* stream);
 const char* fo_cuda_decode(int64_t codes, int64_t scales, int64_t numel, int format, int64_t values, int dtype, void* stream);
+// Sums of (mul * g)^2 of a row-major matrix by row and by column (fp32; an address 0 does not apply), and the sum of
+// g_ij^2 row_weight_i col_weight_j. scratch: fo_cuda_sums_scratch() floats.
+int64_t fo_cuda_sums_scratch(int64_t rows, int64_t cols);
+const char* fo_cuda_row_col_sums(int64_t grad, int dtype, int64_t rows, int64_t cols, int64_t mul, int64_t row_out, int64_t col_out,
+                                 int64_t scratch, void* stream);
+const char* fo_cuda_weighted_square_sum(int64_t grad, int dtype, int64_t rows, int64_t cols, int64_t row_weight, int64_t col_weight,
+                                        int64_t out, int64_t scratch, void* stream);
 
 #if defined(FO_DISPATCH)
 #include "rule_headers.inc"

@@ -6,8 +6,9 @@ import struct
 
 import torch
 
-from fusedopt.abi import DTYPE_CODES
+from fusedopt.abi import DTYPE_CODES, SCALAR_STRIDE
 from fusedopt.backends.base import Int4Matrix, MatrixWork
+from fusedopt.backends.native import address, matrix_shape
 
 # struct MatrixLaunch, ProjectLaunch, SumsLaunch
 _APPLY = struct.Struct("=9Q5Q5q2f12i")
@@ -42,22 +43,12 @@ def low_precision() -> bool:
     return torch.get_float32_matmul_precision() == "medium"
 
 
-def _address(what: str, x, shape: tuple[int, ...], dtypes=DTYPE_CODES) -> int:
-    """The address of a tensor that has the shape and one of the dtypes, or 0 for None. Raises ValueError otherwise."""
-    if x is None:
-        return 0
-    if isinstance(x, Int4Matrix):
-        raise ValueError(f"{what}: the CPU kernels take no Int4Matrix; dequantise it first")
-    if tuple(x.shape) != shape or x.dtype not in dtypes or x.device.type != "cpu" or not x.is_contiguous():
-        kinds = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(
-            f"{what} must be a contiguous CPU tensor [{', '.join(map(str, shape))}] of {kinds}, "
-            f"not {x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"
-        )
-    return x.data_ptr()
-
-
 _FP32 = (torch.float32,)
+
+
+def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A GradScaler's tensors have no dimension."""
+    return None if x is None else x.view(-1)
 
 
 def _code(x: torch.Tensor | None) -> int:
@@ -73,7 +64,7 @@ def _factors(what: str, left, right, rows: int, cols: int) -> tuple[int, int, in
     rank = left.shape[1] if len(left.shape) == 2 else 0
     if rank < 1:
         raise ValueError(f"{what}: factors are matrices of rank 1 or more, not {list(left.shape)}")
-    return _address(f"{what}, left", left, (rows, rank)), _address(f"{what}, right", right, (rank, cols)), rank
+    return address(f"{what}, left", left, (rows, rank)), address(f"{what}, right", right, (rank, cols)), rank
 
 
 def pack_apply(work: MatrixWork, scratch: torch.Tensor, threads: int, isa: int) -> bytes:
@@ -95,19 +86,19 @@ def pack_apply(work: MatrixWork, scratch: torch.Tensor, threads: int, isa: int) 
         if work.companion is None:
             raise ValueError(f"param_precision {precision.name!r} needs its companion")
     addresses = (
-        _address("param", work.param, shape),
-        0 if companion_dtype is None else _address("companion", work.companion, shape, (companion_dtype,)),
+        address("param", work.param, shape),
+        0 if companion_dtype is None else address("companion", work.companion, shape, (companion_dtype,)),
         left,
         right,
-        _address("grad", work.grad, shape),
-        _address("row_factor", work.row_factor, (rows,), _FP32),
-        _address("col_factor", work.col_factor, (cols,), _FP32),
+        address("grad", work.grad, shape),
+        address("row_factor", work.row_factor, (rows,), _FP32),
+        address("col_factor", work.col_factor, (cols,), _FP32),
         back_left,
         back_right,
-        work.scalars.data_ptr(),
-        0 if work.grad_scale is None else work.grad_scale.data_ptr(),
-        0 if work.found_inf is None else work.found_inf.data_ptr(),
-        0 if work.clip is None else work.clip.data_ptr(),
+        address("scalars", work.scalars, (SCALAR_STRIDE,), _FP32),
+        address("grad_scale", _flat(work.grad_scale), (1,), _FP32),
+        address("found_inf", _flat(work.found_inf), (1,), _FP32),
+        address("clip", _flat(work.clip), (1,), _FP32),
         scratch.data_ptr(),
     )
     codes = (
@@ -133,7 +124,9 @@ def project_shape(grad: torch.Tensor, projector: torch.Tensor, side: str) -> tup
     if side not in ("left", "right"):
         raise ValueError(f"unknown side {side!r}; known: left, right")
     if grad.dim() != 2 or isinstance(projector, Int4Matrix) or projector.dim() != 2:
-        raise ValueError("a projection takes a gradient and a projector that are matrices (dequantise an Int4Matrix first)")
+        raise ValueError(
+            "a projection takes a gradient and a projector that are matrices (dequantise an Int4Matrix first)"
+        )
     return side == "right", projector.shape[0 if side == "right" else 1]
 
 
@@ -141,9 +134,9 @@ def pack_project(grad, projector, side: str, out, scratch: torch.Tensor, threads
     right, rank = project_shape(grad, projector, side)
     rows, cols = grad.shape
     addresses = (
-        _address("grad", grad, (rows, cols)),
-        _address("projector", projector, (rank, cols) if right else (rows, rank)),
-        _address("out", out, (rows, rank) if right else (rank, cols)),
+        address("grad", grad, (rows, cols)),
+        address("projector", projector, (rank, cols) if right else (rows, rank)),
+        address("out", out, (rows, rank) if right else (rank, cols)),
         scratch.data_ptr(),
     )
     codes = int(right), _code(grad), _code(projector), _code(out), int(low_precision()), threads, isa, _PROJECT.size
@@ -152,17 +145,17 @@ def pack_project(grad, projector, side: str, out, scratch: torch.Tensor, threads
 
 def pack_sums(grad, row_out, col_out, total, mul, weights, scratch: torch.Tensor, threads: int, isa: int) -> bytes:
     """weights: (row_weight, col_weight) of a total, or (None, None)."""
-    if grad.dim() != 2:
-        raise ValueError(f"sums by row and column need a matrix, not {list(grad.shape)}")
-    rows, cols = grad.shape
+    rows, cols = matrix_shape(grad)
+    if not grad.numel():
+        raise ValueError("a matrix without elements has no sums")
     addresses = (
-        _address("grad", grad, (rows, cols)),
-        _address("row_out", row_out, (rows,), _FP32),
-        _address("col_out", col_out, (cols,), _FP32),
-        _address("out", total, (1,), _FP32),
-        _address("mul", mul, (1,), _FP32),
-        _address("row_weight", weights[0], (rows,), _FP32),
-        _address("col_weight", weights[1], (cols,), _FP32),
+        address("grad", grad, (rows, cols)),
+        address("row_out", row_out, (rows,), _FP32),
+        address("col_out", col_out, (cols,), _FP32),
+        address("out", total, (1,), _FP32),
+        address("mul", mul, (1,), _FP32),
+        address("row_weight", weights[0], (rows,), _FP32),
+        address("col_weight", weights[1], (cols,), _FP32),
         scratch.data_ptr(),
     )
     return _SUMS.pack(*addresses, rows, cols, _code(grad), threads, isa, _SUMS.size)

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusedopt import abi
-from fusedopt.backends.base import BucketKey, Work, unsupported
+from fusedopt.backends.base import BucketKey, Int4Matrix, Work, unsupported
 from fusedopt.rule import get_rule
 
 _TRUST = (None, "gradient", "update")
+_CPU = torch.device("cpu")
 _POINTERS = abi.LAUNCH_FIELDS[: abi.LAUNCH_FIELDS.index("rows")]
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def matrix_shape(grad: torch.Tensor) -> tuple[int, int]:
+    if grad.dim() != 2:
+        raise ValueError(f"sums by row and column need a matrix, not {list(grad.shape)}")
+    return grad.shape[0], grad.shape[1]
+
+
+def address(what: str, x, shape: tuple[int, ...], dtypes=abi.DTYPE_CODES, device=_CPU) -> int:
+    """The address of a contiguous tensor that has the shape, one of the dtypes and the device, or 0 for None. Raises ValueError."""
+    if x is None:
+        return 0
+    if isinstance(x, Int4Matrix):
+        raise ValueError(f"{what}: the native kernels take no Int4Matrix; dequantise it first")
+    if tuple(x.shape) != shape or x.dtype not in dtypes or x.device != device or not x.is_contiguous():
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{what} must be a contiguous tensor {list(shape)} of {kinds} on {device}, "
+            f"not {x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"
+        )
+    return x.data_ptr()
 
 
 class NativeBackend:

@@ -93,9 +93,13 @@ class Library:
 
     def __init__(self, path: Path):
         self._lib = ctypes.CDLL(str(path))
-        for name in ("fo_simt_describe", "fo_simt_launch", "fo_simt_encode", "fo_simt_decode"):
-            getattr(self._lib, name).restype = ctypes.c_char_p
+        for name in ("describe", "launch", "encode", "decode", "row_col_sums", "weighted_square_sum"):
+            getattr(self._lib, f"fo_simt_{name}").restype = ctypes.c_char_p
         word, address = ctypes.c_int, ctypes.c_int64
+        self._lib.fo_simt_sums_scratch.restype = address
+        self._lib.fo_simt_sums_scratch.argtypes = [address] * 2
+        for name in ("row_col_sums", "weighted_square_sum"):
+            getattr(self._lib, f"fo_simt_{name}").argtypes = [address, word, *[address] * 6]
         self._lib.fo_simt_encode.argtypes = [address, word, address, word, address, address]
         self._lib.fo_simt_decode.argtypes = [address, address, address, word, address, word]
         self._lib.fo_simt_order.argtypes = [ctypes.c_uint64]
@@ -120,6 +124,15 @@ class Library:
 
     def decode(self, codes, scales, numel, form, values, dtype, stream: int = 0) -> None:
         self._call("decode", codes, scales, numel, form, values, dtype)
+
+    def sums_scratch(self, rows: int, cols: int) -> int:
+        return self._lib.fo_simt_sums_scratch(rows, cols)
+
+    def row_col_sums(self, *arguments) -> None:
+        self._call("row_col_sums", *arguments[:-1])  # without the stream
+
+    def weighted_square_sum(self, *arguments) -> None:
+        self._call("weighted_square_sum", *arguments[:-1])
 
     def order(self, seed: int) -> None:
         """Order in which the blocks of a grid run: 0 ascending, else a permutation."""

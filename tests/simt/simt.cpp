@@ -1,4 +1,4 @@
-// The scheduler of simt.h, and the C entry points that tests call: describe, launch, encode, decode, order.
+// The scheduler of simt.h, and the C entry points that tests call: describe, launch, encode, decode, sums, order.
 #define FO_DISPATCH
 #include "simt.h"
 #include "cuda/dispatch.h"
@@ -228,6 +228,18 @@ const char* fo_simt_encode(int64_t values, int dtype, int64_t numel, int format,
 
 const char* fo_simt_decode(int64_t codes, int64_t scales, int64_t numel, int format, int64_t values, int dtype) {
   return fo_cuda_decode(codes, scales, numel, format, values, dtype, nullptr);
+}
+
+int64_t fo_simt_sums_scratch(int64_t rows, int64_t cols) { return fo_cuda_sums_scratch(rows, cols); }
+
+const char* fo_simt_row_col_sums(int64_t grad, int dtype, int64_t rows, int64_t cols, int64_t mul, int64_t row_out, int64_t col_out,
+                                 int64_t scratch) {
+  return fo_cuda_row_col_sums(grad, dtype, rows, cols, mul, row_out, col_out, scratch, nullptr);
+}
+
+const char* fo_simt_weighted_square_sum(int64_t grad, int dtype, int64_t rows, int64_t cols, int64_t row_weight, int64_t col_weight,
+                                        int64_t out, int64_t scratch) {
+  return fo_cuda_weighted_square_sum(grad, dtype, rows, cols, row_weight, col_weight, out, scratch, nullptr);
 }
 
 }
