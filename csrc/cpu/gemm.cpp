@@ -1,6 +1,5 @@
 // Kernels and packing of gemm.h. fp32 multiplies and adds are fused where the instruction set can; pairs of bf16 need
-// AVX512_BF16, which is looked for at run time. The kernel keeps 8 x 32 sums in registers (AVX-512),
-// 6 x 16 (AVX2) or 6 x 8: with 12 x 32 it is no faster, and 128 is no multiple of 12.
+// AVX512_BF16, which is looked for at run time. The sums of a call stay in registers.
 #include "gemm.h"
 
 #include "../precision.h"
@@ -21,23 +20,19 @@ namespace fo {
 typedef __m512 Vector;
 static FO_HD Vector fused(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 static FO_HD Vector broadcast(float x) { return _mm512_set1_ps(x); }
-constexpr int kRows = 8;
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 Vector;
 static FO_HD Vector fused(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 static FO_HD Vector broadcast(float x) { return _mm256_set1_ps(x); }
-constexpr int kRows = 6;
 #else
 typedef float Vector __attribute__((vector_size(16)));
 static FO_HD Vector fused(Vector a, Vector b, Vector c) { return c + a * b; }
 static FO_HD Vector broadcast(float x) { return Vector{} + x; }
-constexpr int kRows = 6;
 #endif
 
-constexpr int kVectors = 2, kLanes = sizeof(Vector) / 4, kCols = kVectors * kLanes;
+constexpr int kVectors = 2, kLanes = sizeof(Vector) / 4, kRows = kRowStep, kCols = kColStep;
 constexpr int kStride = kWords + 16;  // of a left panel along k: rows of one panel start in different cache sets
-extern const int kRowStep = kRows, kColStep = kCols;
-static_assert(kRows <= kLargestPanel && 32 % kCols == 0 && kApplyRows % kRows == 0 && kLeftRows % kRows == 0, "buffers fit all kernels");
+static_assert(kCols == kVectors * kLanes && kRows <= kLargestPanel && 32 % kCols == 0 && kApplyRows % kRows == 0 && kLeftRows % kRows == 0, "buffers fit all kernels");
 
 static FO_HD Vector load_vector(const float* x) {
   Vector v;

@@ -2,6 +2,7 @@
 // with every precision. Tiles of u live in the cache, never in memory. GaLore (arXiv 2403.03507) and FRUGAL (arXiv 2411.07837).
 #include "matrix.h"
 
+#include "../precision.h"
 #include "../stages.h"
 #include "gemm.h"
 #include "tile.h"
@@ -64,6 +65,24 @@ static void update(const float* __restrict product, float scale, const Stage s, 
   for (int i = 0; i < n; ++i) p[i] = epilogue(p[i], scale * product[i], s);
 }
 
+static FO_HD float load(float x) { return x; }
+static FO_HD float load(uint16_t x) { return bf16_to_float(x); }
+static FO_HD void store(float* to, float x) { *to = x; }
+static FO_HD void store(uint16_t* to, float x) { *to = float_to_bf16(x); }
+
+// The result of one kernel call into parameters that are stepped where they lie.
+template <class P>
+static void update_block(const float* __restrict product, float scale, const Stage s, int rows, int columns, P* __restrict p,
+                         int64_t stride) {
+  for (int i = 0; i < rows; ++i, product += kColStep, p += stride) {
+    if (columns == kColStep) {
+      for (int j = 0; j < kColStep; ++j) store(p + j, epilogue(load(p[j]), scale * product[j], s));
+    } else {
+      for (int j = 0; j < columns; ++j) store(p + j, epilogue(load(p[j]), scale * product[j], s));
+    }
+  }
+}
+
 // What all tasks of a launch share.
 struct Update {
   const MatrixLaunch& work;
@@ -73,7 +92,7 @@ struct Update {
   Stage stage;
   float residual;
   int products, param_bytes, grad_bytes;
-  bool in_one_block;
+  bool in_one_block, in_place;
 
   explicit Update(const MatrixLaunch& w) : work(w) {
     launch.param_dtype = w.param_dtype;
@@ -95,6 +114,10 @@ struct Update {
     make(parts, nullptr);
     in_one_block = true;
     for (int i = 0; i < products; ++i) in_one_block &= parts[i].in_one_block();
+    in_place = w.left != 0 && products == 1 && in_one_block && w.param_dtype == kF32;
+#if defined(__AVX512F__)  // as in driver.h
+    in_place |= w.left != 0 && products == 1 && in_one_block && w.param_dtype == kBF16 && w.precision == kNearest;
+#endif
   }
 
   void make(Product (&parts)[2], float* buffer) const {
@@ -135,8 +158,35 @@ struct Update {
     store_param(launch, entry, head, offset, n, p);
   }
 
+  // The same as `span`, for parameters that are stepped where they lie: right after each kernel call, so that this work and the
+  // products of the next call overlap. Takes a tenth less time than rows of a tile.
+  template <class P>
+  void span_in_place(int64_t first, int64_t last, int64_t col, int columns, float* scratch) const {
+    Product parts[2];
+    make(parts, scratch + kLeftFloats);
+    const Product& part = parts[0];
+    const int depth = int(part.depth), words = words_of(part.pairs, depth);
+    part.pack(0, col, columns, scratch);
+    for (int64_t r = first; r < last; r += kRowStep) {
+      const int some = int(last - r < kRowStep ? last - r : kRowStep);
+      P* weights = reinterpret_cast<P*>(work.param) + r * work.cols + col;
+      const int64_t left = last - r - some, rows = left < kRowStep ? left : kRowStep;
+      Prefetch ahead(reinterpret_cast<int64_t>(weights + some * work.cols), rows, int64_t(columns) * sizeof(P), work.cols * sizeof(P),
+                     (columns + kColStep - 1) / kColStep);
+      pack_left(part.left, part.pairs, r, some, 0, depth, scratch);
+      const float* panel = part.panels;
+      for (int j = 0; j < columns; j += kColStep, panel += (words + 1) * kColStep) {
+        const int wide = columns - j < kColStep ? columns - j : kColStep;
+        multiply(scratch, true, part.pairs, some, words, panel, wide, part.tile, kColStep, false, ahead);
+        update_block(part.tile, work.scale, stage, some, wide, weights + j, work.cols);
+      }
+    }
+  }
+
   // Rows [first, last) of the columns from `col`.
   void span(int64_t first, int64_t last, int64_t col, int columns, float* scratch) const {
+    if (in_place && work.param_dtype == kF32) return span_in_place<float>(first, last, col, columns, scratch);
+    if (in_place) return span_in_place<uint16_t>(first, last, col, columns, scratch);
     const Row entry(launch, 0);
     Product parts[2];
     make(parts, scratch + kLeftFloats);
