@@ -41,8 +41,8 @@ struct Projection {
       m = w.rank, n = w.cols;
     }
     pairs = use_pairs(left.dtype, right.dtype, w.low_precision != 0);
-    // From fp32 a block of pairs would be too long for the second-level cache.
-    block = pairs ? 2 * kWords : kWords;
+    // With fp32 operands that become pairs, a block of 2 * kWords and the one asked for ahead overflow the second-level cache.
+    block = pairs && left.dtype == kBF16 && right.dtype == kBF16 ? 2 * kWords : kWords;
     grad_bytes = w.grad_dtype == kF32 ? 4 : 2;
   }
 
