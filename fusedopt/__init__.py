@@ -7,6 +7,7 @@ from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
+from fusedopt.projected_linear import projected_linear
 from fusedopt.projections import (
     DCT,
     Apollo,
@@ -63,6 +64,7 @@ __all__ = [
     "list_projections",
     "list_rules",
     "override",
+    "projected_linear",
     "quantize_blockwise",
     "quantize_weights_",
     "state_bytes",

@@ -32,6 +32,7 @@ class Slot:
     copy_grad: bool  # the gradient's layout differs and is copied before the launch
     grad_dtype: torch.dtype
     site: Site | None = None  # where it is projected: the launch steps site.projected into site.update
+    source: object | None = None  # of a gradient that is low-rank from the start (LowRankGradient)
     key: BucketKey | None = None
     reasons: list[str] = field(default_factory=list)
     row: int = 0

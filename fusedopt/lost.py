@@ -43,7 +43,7 @@ class LostUpdates:
         p, lr = slot.param, groups[slot.group]["lr"]
         plain = p.dtype in (torch.bfloat16, torch.float16) and slot.precision.name == "nearest"
         stopped = not isinstance(lr, torch.Tensor) and lr == 0
-        return plain and not stopped and p.numel() > 0 and is_dense(p) and not slot.copy_grad
+        return plain and not stopped and p.numel() > 0 and is_dense(p) and not slot.copy_grad and p.grad is not None
 
     def after(self, found_inf: torch.Tensor | None) -> None:
         """Called after each step: counts what stayed although it had a gradient and was not skipped by found_inf."""

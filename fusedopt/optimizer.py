@@ -16,6 +16,7 @@ from fusedopt.options import check_lr, check_nonnegative
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import Projection, configured, states_like
+from fusedopt.projections.lowrank import LowRankGradients
 from fusedopt.rule import Rule
 
 
@@ -130,10 +131,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _plan: Plan | None = None
     _lost_updates: LostUpdates | None = None
+    _low_rank: LowRankGradients | None = None  # gradients that projected_linear keeps in place of .grad
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return self.amp_fused
+        return self.amp_fused or self._low_rank is not None
 
     def __getstate__(self) -> dict:
         """All public attributes (torch keeps only defaults, state and param_groups); schedulers' patched `step` stays behind."""
@@ -178,7 +180,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def flags(self) -> tuple:
         """Everything about the options that is code: a change means a new plan."""
         asked = select.requested(self.backend_for_step())
-        out: list = [asked, self.clip_grad_norm]
+        out: list = [asked, self.clip_grad_norm, None if self._low_rank is None else self._low_rank.signature()]
         for g in self.param_groups:
             formats = g["state_format"]
             out.append((
@@ -251,12 +253,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        grads = self._gradients(params)
         if all(g is None for g in grads):
             return loss
         scale = found = None
-        if self.amp_fused:
+        if self._step_supports_amp_scaling:
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._low_rank is not None:
+            found = self._low_rank.check_amp(scale, found)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             plan = self._current_plan(params, grads)
             lost = self._lost_updates
@@ -265,7 +269,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             lost.before(plan.slots, self.param_groups)
             plan.run([g for g in grads if g is not None], scale, found)
             lost.after(found)
+        if self._low_rank is not None:
+            self._low_rank.clear()
         return loss
+
+    def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        return [p.grad for p in params] if self._low_rank is None else self._low_rank.gradients(params)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; also drops or zeroes the low-rank gradients of `projected_linear`."""
+        super().zero_grad(set_to_none)
+        if self._low_rank is not None:
+            self._low_rank.zero(set_to_none)
 
     def _accelerator_check(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
@@ -288,7 +303,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         allocated if they do not exist yet, as the step itself would.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        grads = self._gradients(params)
         if all(g is None for g in grads):
             stand_ins = [p.detach() if p.requires_grad else None for p in params]
             with torch.no_grad():

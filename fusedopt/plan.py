@@ -21,7 +21,7 @@ from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
 from fusedopt.precision import get_precision
-from fusedopt.projections.base import states_like
+from fusedopt.projections.base import places, states_like
 from fusedopt.projections.steps import ProjectedSteps
 from fusedopt.rule import get_rule
 
@@ -218,7 +218,8 @@ class Plan:
                 index += 1
                 if g is None:
                     continue
-                check_parameter(type(opt).__name__, tensor_id, p, g)
+                low_rank = opt._low_rank is not None and opt._low_rank.of(p) is not None
+                check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
                 check_precision(type(opt).__name__, tensor_id, p, group)
                 found.append((tensor_id, position, group_index, p, g))
                 position += 1
@@ -232,18 +233,15 @@ class Plan:
     @staticmethod
     def _make_sites(opt, slots: list[Slot]) -> None:
         """Sites of the projected slots. Their places count every projected parameter, with a gradient or without."""
-        owners = [(p, group) for group in opt.param_groups for p in group["params"]]
-        chosen = [opt.projection_for(p, group) for p, group in owners]
-        places = {i: place for place, i in enumerate(i for i, c in enumerate(chosen) if c is not None)}
+        found = places(opt)
         for slot in slots:
-            projection = chosen[slot.tensor_id]
-            if projection is not None:
+            if slot.tensor_id in found:
+                projection, place = found[slot.tensor_id]
                 group = opt.param_groups[slot.group]
                 check_projected(type(opt).__name__, opt.decay_mode, slot.tensor_id, slot.param, group)
                 slot.site = projection.site(
-                    projection, slot.work_param, slot.entry, slot.grad_dtype, slot.tensor_id, group,
-                    (places[slot.tensor_id], len(places)),
-                )  # fmt: skip
+                    projection, slot.work_param, slot.entry, slot.grad_dtype, slot.tensor_id, group, place
+                )
 
     def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
         group = opt.param_groups[group_index]
@@ -261,8 +259,9 @@ class Plan:
             check_layout(type(opt).__name__, tensor_id, p, shaped, entry, state.name, form)
         if precision.companion:
             check_layout(type(opt).__name__, tensor_id, p, work_param, entry, precision.companion, None)
+        source = None if opt._low_rank is None else opt._low_rank.of(p)
         return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
-                    copy_grad=not strides_match(g, work_param), grad_dtype=g.dtype)  # fmt: skip
+                    copy_grad=source is None and not strides_match(g, work_param), grad_dtype=g.dtype, source=source)  # fmt: skip
 
     def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
         site = slot.site

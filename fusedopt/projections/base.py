@@ -44,6 +44,7 @@ class Projection:
 
     name: ClassVar[str]
     site: ClassVar[type]
+    low_rank_gradient: ClassVar[bool] = False  # R is all that a step needs of a gradient: projected_linear takes it
 
     def describe(self) -> dict:
         """Its name and options as plain values, as a state dict holds them."""
@@ -93,6 +94,13 @@ def configured(p: torch.Tensor, group: dict) -> Projection | None:
     """The projection that steps a parameter: its override, else the group's, where it takes the tensor."""
     chosen = option_overrides(p).get("projection", group.get("projection"))
     return chosen if chosen is not None and chosen.refuses(p) is None else None
+
+
+def places(opt) -> dict[int, tuple[Projection, tuple[int, int]]]:
+    """By tensor id: the projection of every projected parameter, with or without a gradient, and (index, number) among them."""
+    owners = [(p, group) for group in opt.param_groups for p in group["params"]]
+    chosen = {i: c for i, (p, group) in enumerate(owners) if (c := opt.projection_for(p, group)) is not None}
+    return {i: (c, (place, len(chosen))) for place, (i, c) in enumerate(chosen.items())}
 
 
 def states_like(p: torch.Tensor, projection: Projection | None, rule: Rule) -> list[torch.Tensor]:
@@ -146,6 +154,20 @@ def change_states(slot, like: torch.Tensor, change) -> None:
             scale.copy_(new_scale)
 
 
+def refresh_offset(projection, place: tuple[int, int]) -> int:
+    """By how many steps the refreshes of a parameter come later than those of the first projected one.
+
+    place: its index among the projected parameters and their number.
+    """
+    index, count = place
+    return index * projection.update_every // count if projection.stagger else 0
+
+
+def due(projection, place: tuple[int, int], step: int) -> bool:
+    """Whether a projector is refreshed at a step: at the first one, and every `update_every` from its offset on."""
+    return step == 1 or (step - 1) % projection.update_every == refresh_offset(projection, place)
+
+
 class Site:
     """One projected parameter of a plan: its buffers, and the work before and after the launch of directions.
 
@@ -177,14 +199,11 @@ class Site:
 
     @property
     def offset(self) -> int:
-        """By how many steps its refreshes come later than those of the first projected parameter."""
-        index, count = self.place
-        every = self.projection.update_every
-        return index * every // count if self.projection.stagger else 0
+        return refresh_offset(self.projection, self.place)
 
     def due(self, step: int) -> bool:
-        """Whether the projector is refreshed at a step: at the first one, and every `update_every` from its offset on."""
-        return step == 1 or (step - 1) % self.projection.update_every == self.offset
+        """Whether the projector is refreshed at a step."""
+        return due(self.projection, self.place, step)
 
     def rule_step(self, step):
         """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""

@@ -90,6 +90,7 @@ class GaLore(base.Projection):
 
     name: ClassVar[str] = "galore"
     site: ClassVar[type] = BasisSite
+    low_rank_gradient: ClassVar[bool] = True
 
     rank: int = 128
     update_every: int = 200

@@ -29,6 +29,9 @@ class ProjectedSteps:
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:
         """Called before every step: the loss scale, the overflow flag and the clip coefficient, fp32 [1] or None."""
         self.scale, self.found, self.clip = grad_scale, found_inf, clip
+        for slot in self.slots:
+            if slot.source is not None:
+                slot.site.projected = slot.source.gradient
 
     def step_of(self, slot) -> int:
         """The step count of this step, on the host."""
@@ -44,14 +47,22 @@ class ProjectedSteps:
     def before(self, grads: list[torch.Tensor]) -> None:
         """Fills the low-rank gradients. grads: of all slots, by position."""
         for slot in self.slots:
-            slot.site.before(slot.site.matrix(grads[slot.position]), self.step_of(slot), slot, self)
+            if slot.source is None:
+                slot.site.before(slot.site.matrix(grads[slot.position]), self.step_of(slot), slot, self)
+            else:
+                slot.source.before(slot, self.step_of(slot), self)
 
     def after(self, grads: list[torch.Tensor]) -> None:
         """Updates the parameters from the low-rank directions."""
         for slot in self.slots:
-            slot.site.after(slot.site.matrix(grads[slot.position]), slot, self)
+            if slot.source is None:
+                slot.site.after(slot.site.matrix(grads[slot.position]), slot, self)
+            else:
+                slot.site.after(None, slot, self)
+                slot.source.after(slot, self.step_of(slot))
+                slot.site.projected = None  # the next backward pass makes another
 
-    def work(self, slot, grad: torch.Tensor) -> MatrixWork:
+    def work(self, slot, grad: torch.Tensor | None) -> MatrixWork:
         """The work of a slot's update, without the update itself."""
         matrix, companion = slot.site.matrix, slot.companion
         return MatrixWork(
