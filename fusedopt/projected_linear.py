@@ -76,7 +76,7 @@ class ProjectedLinear(torch.nn.Linear):
 
     def __reduce_ex__(self, protocol):
         state = {k: v for k, v in self.__dict__.items() if k != "_low_rank"}
-        return copyreg.__newobj__, (torch.nn.Linear,), state
+        return copyreg._reconstructor, (torch.nn.Linear, object, None), state
 
 
 class ProjectedLinears:
@@ -135,15 +135,15 @@ def projected_linear(
             any time. "full": that step accumulates the full gradient of the layers that are due, inside the optimizer, and
             every step is that of the full gradient; with staggered refreshes few layers are due at once, except at step 1.
             GaLore(method="random") needs neither.
-        sketch_width: width of a sketch in ranks; 4 keeps 85 % of the best subspace's energy where singular values fall like
-            i^-1/2, and 99 % where they fall like 1/i.
+        sketch_width: width of a sketch in ranks; 4 keeps 83 % of the best subspace's energy where singular values fall like
+            i^-1/2, and 98 % where they fall like 1/i.
 
     Returns a handle with `names`, `skipped` (a dict of reasons), `bytes()` and `remove()`. Only layers of the exact class
     torch.nn.Linear are changed. Copies and pickles of the model and the optimizer are ordinary ones: call this again on them.
 
-    model.zero_grad(), torch.nn.utils.clip_grad_norm_ and scaler.unscale_ do not see these gradients: opt.zero_grad() does;
-    GradScaler's step unscales inside the step without `amp_fused` (some parameter must have an ordinary gradient). torch.autograd.grad
-    returns full gradients and accumulates nothing.
+    model.zero_grad(), torch.nn.utils.clip_grad_norm_ and scaler.unscale_ do not see these gradients: opt.zero_grad() does.
+    GradScaler's step unscales inside the step, with amp_fused or without; some parameter must have an ordinary gradient.
+    torch.autograd.grad returns full gradients and accumulates nothing.
 
     Raises:
         TypeError: opt is no FusedOptimizer. ValueError: clip_grad_norm, which needs full gradients; no Linear to change.
