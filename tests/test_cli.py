@@ -107,6 +107,9 @@ def test_help(command, capsys):
         (["estimate", "--model", "no_such_module:build"], "ModuleNotFoundError"),
         (["estimate", "--model", "json"], "module:callable"),
         (["estimate", "--model", "builtins:dict"], "torch.nn.Module"),
+        (["estimate", "--params", "1M", "--optim", "galore_adamw"], "--config or --model"),
+        (["estimate", "--params", "1M", "--rank", "4"], "name one"),
+        (["estimate", "--params", "1M", "--optim", "galore_adamw", "--rank", "0"], "Invalid rank"),
         (["demo", "--optim", "adamw9bit"], "names are"),
         (["demo", "--text", "/nowhere"], "no such file"),
         (["demo", "--device", "warp"], "--device warp"),
@@ -177,6 +180,42 @@ def test_states_are_those_of_a_real_optimizer(capsys, monkeypatch):
     model(torch.ones(2, 129)).sum().backward()
     opt.step()
     assert row["states"] == fusedopt.state_bytes(opt)
+
+
+def test_llama_with_galore_by_hand(tmp_path, capsys):
+    """Embedding and norms in full, 8-bit states of [rank, longer side] and a bf16 projector [rank, shorter side] for the rest."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_7B))
+    arguments = ["--config", str(path), "--rank", "128", "--optim", "galore_adamw8bit", "--optim", "galore_lion"]
+    rows = by_name(numbers(capsys, *arguments))
+    h, inner, vocab, r = 4096, 11008, 32000, 128
+    square, long = 32 * 4, 32 * 3
+    projector = 2 * r * h * (square + long + 1)
+    low_rank = r * (h * square + inner * long + vocab)
+    table, norms = vocab * h, 65 * h
+    eight = [n + 4 * n // 256 for n in (low_rank, table, norms)]
+    assert rows["galore_adamw8bit"]["states"] == 2 * sum(eight) + projector
+    assert rows["galore_lion"]["states"] == 4 * (low_rank + table + norms) + projector
+    assert rows["galore_lion"]["master"] == 0 and rows["galore_lion"]["chosen"]
+    assert rows["adamw8bit"]["states"] == rows["adamw8bit"]["total"] - 4 * CONFIGS["llama-7b"][1]
+
+
+@pytest.mark.parametrize("precision", ["nearest", "kahan"])
+def test_projected_states_are_those_of_a_real_optimizer(precision, capsys, monkeypatch):
+    def build():
+        layers = torch.nn.Embedding(50, 64), torch.nn.Linear(64, 96), torch.nn.Linear(96, 8)
+        return torch.nn.Sequential(*layers).bfloat16()
+
+    monkeypatch.setitem(sys.modules, "toy_model", types.SimpleNamespace(build=build))
+    options = {"min_quantized_numel": 256, "param_precision": precision}
+    arguments = ["--min-quantized-numel", "256", "--param-precision", precision, "--optim", "galore_adamw8bit"]
+    row = by_name(numbers(capsys, "--model", "toy_model:build", *arguments, "--rank", "16"))["galore_adamw8bit"]
+    model = build()
+    opt = fusedopt.create("galore_adamw8bit", model, rank=16, backend="reference", **options)
+    model(torch.arange(9)).sum().backward()
+    opt.step()
+    assert row["states"] + row["master"] == fusedopt.state_bytes(opt)
+    assert row["master"] == (0 if precision == "nearest" else 2 * sum(p.numel() for p in model.parameters()))
 
 
 def test_estimate_table(capsys):

@@ -3,10 +3,11 @@
 The model is a number of parameters, a Hugging Face config.json, or a Python callable that builds a torch.nn.Module:
 
   python -m fusedopt estimate --params 7e9 --optim adamw8bit --param-dtype bf16
-  python -m fusedopt estimate --config path/to/config.json
+  python -m fusedopt estimate --config path/to/config.json --optim galore_adamw8bit --rank 128
   python -m fusedopt estimate --model package.module:build_model
 
-States are counted by allocating them, as the optimizer does, on torch's meta device. Activations are not counted.
+States are counted by allocating them, as the optimizer does, on torch's meta device; those of a projection (galore_adamw)
+have its rank and include its projectors, with embeddings stepped in full. Activations are not counted.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import argparse
 import importlib
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 import fusedopt
 from fusedopt.cli import DTYPES, UsageError, dtype_name, split_names, write_json
-from fusedopt.cli.hf_config import read_config
+from fusedopt.cli.hf_config import Table, read_config
 from fusedopt.cli.table import render
-from fusedopt.factory import parse_name
+from fusedopt.factory import parse_name, take_projection
 from fusedopt.masters import configured_precision
-from fusedopt.precision import list_precisions
-from fusedopt.states import option_overrides, scale_names
+from fusedopt.precision import COMPANIONS, list_precisions
+from fusedopt.projections.base import places
+from fusedopt.states import option_overrides
 
 COMMON = "adamw adamw_bf16 adamw8bit adamw4bit lion lion8bit lion4bit sgd sgd8bit lamb lamb8bit".split()
 OPTIONS = {"sgd": {"momentum": 0.9}}
@@ -51,11 +53,12 @@ class Choice:
 
 @dataclass
 class Model:
-    """Shapes on the meta device; `frozen` parameters have no gradient and no state."""
+    """Shapes on the meta device; `frozen` parameters have no gradient and no state; `tables`: those of embeddings."""
 
     name: str
     trained: list[torch.Tensor]
     frozen: list[torch.Tensor]
+    tables: list[torch.Tensor] = field(default_factory=list)
 
     def numel(self) -> int:
         return sum(p.numel() for p in self.trained + self.frozen)
@@ -80,7 +83,8 @@ def from_count(text: str, dtype: torch.dtype) -> Model:
 
 def from_config(path: str, dtype: torch.dtype) -> Model:
     name, shapes = read_config(path)
-    return Model(name, [_meta(shape, dtype) for shape in shapes], [])
+    trained = [_meta(shape, dtype) for shape in shapes]
+    return Model(name, trained, [], [p for p, shape in zip(trained, shapes, strict=True) if isinstance(shape, Table)])
 
 
 def from_module(target: str, dtype: torch.dtype | None) -> Model:
@@ -103,8 +107,12 @@ def from_module(target: str, dtype: torch.dtype | None) -> Model:
     if not isinstance(found, torch.nn.Module):
         raise UsageError(f"--model {target}: expected a torch.nn.Module, got {type(found).__name__}")
     model = Model(target, [], [])
+    embeddings = [m for m in found.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
+    tables = {id(m.weight) for m in embeddings}
     for p in found.parameters():
         copy = _meta(p.shape, dtype or p.dtype)
+        if id(p) in tables:
+            model.tables.append(copy)
         if option_overrides(p):
             fusedopt.override(copy, **option_overrides(p))
         (model.trained if p.requires_grad else model.frozen).append(copy)
@@ -117,11 +125,35 @@ def _bytes(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _groups(name: str, model: Model, options: dict) -> list:
+    """The parameters of a model as `create` groups them, embeddings without a projection. Takes unused projection options."""
+    left = dict(options)
+    projection = take_projection(name, left)
+    if "rank" in left:
+        if projection is not None:
+            raise UsageError(f"{name}: its projection has no rank; leave --rank out")
+        del options["rank"]
+    if projection is None:
+        return [{"params": model.trained}]
+    tables = {id(p) for p in model.tables}
+    matrices, plain = ([p for p in model.trained if (id(p) in tables) == table] for table in (False, True))
+    groups = [{"params": matrices}, {"params": plain, "projection": None}]
+    return [group for group in groups if group["params"]]
+
+
 def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: str, **options) -> Choice:
     """One optimizer on a model. Raises UsageError where the optimizer refuses the options."""
     base, _ = parse_name(name)
     try:
-        opt = fusedopt.create(name, model.trained, param_precision=precision, **OPTIONS.get(base, {}), **options)
+        groups = _groups(name, model, options)
+        opt = fusedopt.create(name, groups, param_precision=precision, **OPTIONS.get(base, {}), **options)
+        if opt.defaults["projection"] is not None and not places(opt):
+            shapes = (
+                "--params has no shapes; give --config or --model"
+                if len(model.trained) == 1
+                else "try a smaller --rank"
+            )
+            raise UsageError(f"{name}: no matrix of {model.name} is large enough to be projected: {shapes}")
         for p in model.trained:
             configured_precision(p, opt.param_groups[0])
     except (ValueError, TypeError) as error:
@@ -130,11 +162,10 @@ def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: 
     for group in opt.param_groups:
         for p in group["params"]:
             rule = opt.kept_rule(p, group)
-            names = {kind for state in rule.state_names for kind in (state, *scale_names(state))}
             entry = dict(opt.init_state(p, group, rule))
             del entry["step"]
-            states += _bytes(t for key, t in entry.items() if key in names)
-            extra += _bytes(t for key, t in entry.items() if key not in names)
+            extra += _bytes(entry.pop(key) for key in COMPANIONS if key in entry)
+            states += _bytes(t for t in entry.values() if isinstance(t, torch.Tensor))
     gradients = sum(p.numel() * (grad_dtype or p.dtype).itemsize for p in model.trained)
     label = f"{name} momentum" if base == "sgd" else name
     return Choice(label, _dtypes(model.trained), _bytes(model.trained + model.frozen), gradients, extra, states)
@@ -171,7 +202,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", metavar="PATH", help="a Hugging Face config.json, or the folder that holds one")
     source.add_argument("--model", metavar="MODULE:CALLABLE", help="a callable that returns a torch.nn.Module")
     parser.add_argument(
-        "--optim", action="append", metavar="NAME", help="mark (and add) an optimizer, e.g. adamw8bit; repeatable"
+        "--optim", action="append", metavar="NAME",
+        help="mark (and add) an optimizer, e.g. adamw8bit or galore_adamw8bit; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="of projections such as galore_ (default: the projection's)"
     )
     parser.add_argument("--param-dtype", choices=DTYPES, help="of the weights (default bf16; the model's with --model)")
     parser.add_argument("--grad-dtype", choices=DTYPES, help="of the gradients (default: as the weights)")
@@ -197,6 +232,10 @@ def run(args: argparse.Namespace) -> int:
     sixteen = any(p.element_size() == 2 for p in model.trained)
     precision = args.param_precision or ("stochastic" if sixteen else "nearest")
     options = {"min_quantized_numel": args.min_quantized_numel}
+    if args.rank is not None:
+        if not any(take_projection(name, {}) for name in names):
+            raise UsageError("--rank is that of a projection: name one, e.g. --optim galore_adamw8bit")
+        options["rank"] = args.rank
     rows = choices(model, names, DTYPES.get(args.grad_dtype), precision, **options)
     if args.json:
         count = {"model": model.name, "parameters": model.numel(), "tensors": len(model.trained) + len(model.frozen)}

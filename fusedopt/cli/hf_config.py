@@ -11,6 +11,10 @@ from fusedopt.cli import UsageError
 Shapes = list[tuple[int, ...]]
 
 
+class Table(tuple):
+    """The shape (entries, width) of an embedding."""
+
+
 class _Config:
     """Keys of a config, under any of several names."""
 
@@ -54,7 +58,7 @@ def _decoder(c: _Config, *, qkv_bias=False, head_norms=False, layer_norms=2, tie
     experts = c.number("num_local_experts", default=0)
     layer += [(experts, hidden)] + experts * mlp if experts else mlp
     head_matrix = [] if c.flag("tie_word_embeddings", tied) else [(vocab, hidden)]
-    return [(vocab, hidden), *c.number("num_hidden_layers") * layer, (hidden,), *head_matrix]
+    return [Table((vocab, hidden)), *c.number("num_hidden_layers") * layer, (hidden,), *head_matrix]
 
 
 def _block(hidden: int, inner: int) -> Shapes:
@@ -74,20 +78,27 @@ def _gpt2(c: _Config) -> Shapes:
     inner = c.number("n_inner", default=4 * hidden)
     positions = c.number("n_positions", "n_ctx", "max_position_embeddings")
     head = [] if c.flag("tie_word_embeddings", True) else [(vocab, hidden)]
-    return [(vocab, hidden), (positions, hidden), *layers * _fused_block(hidden, inner), (hidden,), (hidden,), *head]
+    return [
+        Table((vocab, hidden)),
+        Table((positions, hidden)),
+        *layers * _fused_block(hidden, inner),
+        (hidden,),
+        (hidden,),
+        *head,
+    ]
 
 
 def _neox(c: _Config) -> Shapes:
     hidden, vocab = c.number("hidden_size"), c.number("vocab_size")
     block = _fused_block(hidden, c.number("intermediate_size"))
     head = [] if c.flag("tie_word_embeddings", False) else [(vocab, hidden)]
-    return [(vocab, hidden), *c.number("num_hidden_layers") * block, (hidden,), (hidden,), *head]
+    return [Table((vocab, hidden)), *c.number("num_hidden_layers") * block, (hidden,), (hidden,), *head]
 
 
 def _bert(c: _Config) -> Shapes:
     """The encoder with its pooler, or with the masked language model's head, whose matrix is the embedding."""
     hidden, vocab = c.number("hidden_size"), c.number("vocab_size")
-    tables = [(n, hidden) for n in (vocab, c.number("max_position_embeddings"), c.number("type_vocab_size"))]
+    tables = [Table((n, hidden)) for n in (vocab, c.number("max_position_embeddings"), c.number("type_vocab_size"))]
     layers = c.number("num_hidden_layers") * _block(hidden, c.number("intermediate_size"))
     dense = _linear(hidden, hidden, True)
     head = [*dense, (hidden,), (hidden,), (vocab,)] if c.builds("ForMaskedLM") else dense
