@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench run | compare | plot | accuracy | gates | gpu`, each with --help."""
+"""Command line of the benchmarks: `python -m bench run | compare | plot | accuracy | lowrank | gates | gpu`, each with --help."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "compare": "two result files: which ratios changed beyond noise",
     "plot": "a result file as PNG charts",
     "accuracy": "what formats and precisions cost: errors on real moments, drift, losses over seeds",
+    "lowrank": "projected optimizers: steps, refreshes, staggering, state and extra memory",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 PACKAGES = (
-    "triton bitsandbytes torchao torch-optimi pytorch_optimizer lion-pytorch deepspeed apex flashoptim numpy".split()
-)
+    "triton bitsandbytes torchao torch-optimi pytorch_optimizer lion-pytorch deepspeed apex flashoptim galore-torch "
+    "numpy"
+).split()
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import __main__ as entry  # noqa: E402
-from bench import bandwidth, cases, compare, gates, gpu, gpu_checks, machine, plot, providers, run  # noqa: E402
+from bench import bandwidth, cases, compare, gates, gpu, gpu_checks, lowrank, machine, plot, providers, run  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -321,3 +321,29 @@ def test_gpu_dry_run_of_the_measuring_parts(tmp_path):
     assert gpu.main(gpu_arguments(*options, str(tmp_path))) == 0, (tmp_path / "measure.log").read_text()
     assert run.load(tmp_path / "bench.json")["cases"]
     assert {p.name for p in tmp_path.glob("*.png")} == {"bench-share.png", "bench-ratio.png", "bench-host.png"}
+
+
+def test_lowrank_quick_run(tmp_path, capsys):
+    """Every part on small matrices: what does not depend on the clock is right, and the file holds it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert entry.main(["lowrank", "--quick", "--out", str(tmp_path / "lowrank.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    document = json.loads((tmp_path / "lowrank.json").read_text())
+    assert document["kind"] == "lowrank" and list(document["parts"]) == list(lowrank.PARTS)
+    assert all(f"\n{part}\n" in "\n" + text for part in lowrank.PARTS) and document["machine"]["processor"]
+    parts = document["parts"]
+    state = {(r["name"], r["dtype"]): r for r in parts["state"]}
+    assert all(0.99 < r["bytes_over_formula"] < 1.01 for r in state.values())
+    assert state["adamw", "fp32"]["bytes"] == 8 * 48 * 64
+    assert state["galore_adamw", "bf16"]["bytes"] == 8 * 8 * 64 + 2 * 8 * 48
+    names = {r["name"] for r in parts["step"]}
+    assert {"torch/adamw/fused", "fusedopt/galore_adamw", "fusedopt/galore_adamw8bit"} <= names
+    energies = {(r["name"], r["dtype"]): r["share_of_best_energy"] for r in parts["refresh"]}
+    assert energies["full SVD", "fp32"] == 1.0
+    assert energies["randomised, warm start", "fp32"] > 0.99 > 0.4 > energies["random", "fp32"]
+    assert [r["gradient_bytes"] for r in parts["linear"]] == [r["predicted_gradient_bytes"] for r in parts["linear"]]
+    assert parts["linear"][1]["gradient_bytes"] * 8 == parts["linear"][0]["gradient_bytes"]

@@ -109,6 +109,7 @@ def test_help(command, capsys):
         (["estimate", "--model", "builtins:dict"], "torch.nn.Module"),
         (["estimate", "--params", "1M", "--optim", "galore_adamw"], "--config or --model"),
         (["estimate", "--params", "1M", "--rank", "4"], "name one"),
+        (["estimate", "--params", "1M", "--rank", "4", "--optim", "frugal_adamw,adamw8bit"], "name one"),
         (["estimate", "--params", "1M", "--optim", "galore_adamw", "--rank", "0"], "Invalid rank"),
         (["demo", "--optim", "adamw9bit"], "names are"),
         (["demo", "--text", "/nowhere"], "no such file"),

@@ -129,9 +129,7 @@ def _groups(name: str, model: Model, options: dict) -> list:
     """The parameters of a model as `create` groups them, embeddings without a projection. Takes unused projection options."""
     left = dict(options)
     projection = take_projection(name, left)
-    if "rank" in left:
-        if projection is not None:
-            raise UsageError(f"{name}: its projection has no rank; leave --rank out")
+    if "rank" in left:  # the name's projection has none, or it has no projection
         del options["rank"]
     if projection is None:
         return [{"params": model.trained}]
@@ -233,8 +231,8 @@ def run(args: argparse.Namespace) -> int:
     precision = args.param_precision or ("stochastic" if sixteen else "nearest")
     options = {"min_quantized_numel": args.min_quantized_numel}
     if args.rank is not None:
-        if not any(take_projection(name, {}) for name in names):
-            raise UsageError("--rank is that of a projection: name one, e.g. --optim galore_adamw8bit")
+        if not any(hasattr(take_projection(name, {}), "rank") for name in names):
+            raise UsageError("--rank is that of a projection: name one that has it, e.g. --optim galore_adamw8bit")
         options["rank"] = args.rank
     rows = choices(model, names, DTYPES.get(args.grad_dtype), precision, **options)
     if args.json:
