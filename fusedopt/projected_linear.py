@@ -34,9 +34,8 @@ class _Function(torch.autograd.Function):
         ctx.source, ctx.bias_dtype = source, None if bias is None else bias.dtype
         if not cast:
             return functional.linear(x, weight, bias)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # its cache of weights must not keep one cast without gradient
+        # autocast's cache of weights must not keep one that was cast without gradient
+        with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -103,8 +102,13 @@ class ProjectedLinears:
             self._opt._low_rank = self._opt._plan = None
 
 
-def _why_not(weight: torch.Tensor, owners: list, projection) -> str | None:
-    """Why a Linear's weight keeps its full gradient, or None."""
+def _why_not(module: torch.nn.Linear, owners: list, projection) -> str | None:
+    """Why a Linear's weight keeps its full gradient, or None. owners: the modules that have this weight."""
+    weight = module.weight
+    if type(module) is ProjectedLinear:
+        return "another optimizer projects it"
+    if type(module) is not torch.nn.Linear:
+        return f"it is a {type(module).__name__}, whose forward may be another"
     if type(weight) is not torch.nn.Parameter:
         return f"its weight is a {type(weight).__name__}; only plain parameters of one process are projected early"
     if not weight.is_contiguous():
@@ -112,7 +116,7 @@ def _why_not(weight: torch.Tensor, owners: list, projection) -> str | None:
     # a class that inherits GaLore may need the rest of the gradient, so each says for itself
     if not type(projection).__dict__.get("low_rank_gradient", False):
         return f"{type(projection).__name__} needs the full gradient"
-    other = next((m for m in owners if type(m) not in (torch.nn.Linear, ProjectedLinear)), None)
+    other = next((m for m in owners if type(m) is not torch.nn.Linear), None)
     if other is not None:
         return f"its weight is also that of a {type(other).__name__}"
     hooked = next((m for m in owners if m.__dict__.get("forward") is not None), None)
@@ -173,9 +177,7 @@ def projected_linear(
         weight = module._parameters.get("weight") if isinstance(module, torch.nn.Linear) else None
         if weight is None or projections.get(weight) is None:
             continue
-        reason = _why_not(weight, owners[weight], projections[weight])
-        if type(module) is ProjectedLinear:
-            reason = "another optimizer projects it"
+        reason = _why_not(module, owners[weight], projections[weight])
         if reason is None:
             modules[name] = module
         else:

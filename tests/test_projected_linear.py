@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 from fusedopt import SGD, AdamW, GaLore, Lion, projected_linear
+from fusedopt.projections import lowrank
 from fusedopt.projections.lowrank import LowRankGradient, accumulate, random_matrix, sketch_basis
 from fusedopt.projections.subspace import random_basis, svd_basis
 from tests.oracles.projected_linear import SketchedGaLoreAdamW
@@ -597,7 +598,7 @@ def test_refused_layers():
     assert handle.names == ["narrow"]
     assert "full gradient" in handle.skipped["wide"] and "Embedding" in handle.skipped["last"]
     attention = torch.nn.MultiheadAttention(16, 2)  # uses out_proj.weight without calling the layer
-    with pytest.raises(ValueError, match="no layer"):
+    with pytest.raises(ValueError, match="out_proj: it is a NonDyn"):
         projected_linear(attention, AdamW(attention.parameters(), projection=GaLore(rank=4)))
 
 
@@ -630,3 +631,19 @@ def test_plan_reports_low_rank_gradients():
         opt.step()
         opt.zero_grad()
     assert opt._plan is plan  # built once, although every backward pass makes new buffers
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversion_in_blocks_of_tokens(side, dtype, monkeypatch):
+    """Where products in 16 bits are slow or overflow, tokens are converted a few at a time; the last block is shorter."""
+    monkeypatch.setattr(lowrank, "_BLOCK", 100)
+    monkeypatch.setattr(lowrank, "_FAST_BF16", False)
+    torch.manual_seed(0)
+    dy, x = torch.randn(31, 12).to(dtype), torch.randn(31, 20).to(dtype)
+    basis = torch.randn(12, 3) if side == "left" else torch.randn(3, 20)
+    out = torch.ones((3, 20) if side == "left" else (12, 3))
+    accumulate(out, dy, x, basis, side)
+    grad = dy.double().T @ x.double()
+    wanted = 1 + (basis.double().T @ grad if side == "left" else grad @ basis.double().T)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
