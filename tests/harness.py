@@ -15,7 +15,18 @@ from fusedopt.memory import flat
 from fusedopt.precision import get_precision, philox16
 from fusedopt.rule import get_rule
 
-RULES = ("sgd", "sgd_momentum", "adam", "adam_amsgrad", "lion", "lars", "lars_momentum", "lamb", "ema", "adam_denominator")
+RULES = (
+    "sgd",
+    "sgd_momentum",
+    "adam",
+    "adam_amsgrad",
+    "lion",
+    "lars",
+    "lars_momentum",
+    "lamb",
+    "ema",
+    "adam_denominator",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # One dict serves every rule: each picks what it knows.

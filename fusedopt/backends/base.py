@@ -184,6 +184,35 @@ def unsupported(key: BucketKey) -> str | None:
     return None
 
 
+class MatrixKernels:
+    """The kernels of projected and factored steps. Each answers whether it took the work; these take none, and torch's
+    operations do instead."""
+
+    def apply_matrix(self, work: MatrixWork) -> bool:
+        """One parameter update."""
+        return False
+
+    def project(self, grad: torch.Tensor, basis: torch.Tensor, side: str, out: torch.Tensor) -> bool:
+        """out = basis^T grad (left; basis [rows, r]) or grad basis^T (right; basis [r, cols]); grad [rows, cols]."""
+        return False
+
+    def project_packed(self, grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> bool:
+        """The same with a packed basis."""
+        return False
+
+    def row_col_sums(
+        self, grad: torch.Tensor, row_out: torch.Tensor | None, col_out: torch.Tensor | None, mul: torch.Tensor | None
+    ) -> bool:
+        """Sums of (mul * grad)^2 by row, fp32 [rows], and by column, fp32 [cols], in one read. mul: fp32 [1] or None."""
+        return False
+
+    def weighted_square_sum(
+        self, grad: torch.Tensor, row_weight: torch.Tensor, col_weight: torch.Tensor, out: torch.Tensor
+    ) -> bool:
+        """out fp32 [1] = sum of grad[i, j]^2 row_weight[i] col_weight[j]."""
+        return False
+
+
 class Backend(Protocol):
     """Steps buckets. `supports` answers None or the reason why not; `launch` runs one Work on the current stream."""
 
@@ -196,6 +225,8 @@ class Backend(Protocol):
         ...
 
     def launch(self, work: Work) -> None: ...
+
+    # and the methods of MatrixKernels
 
     def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
         """Encodes a flat tensor (fp32, bf16, fp16) in a blockwise format into `codes` and `scale`, both whole and contiguous."""

@@ -63,25 +63,33 @@ class CpuBackend(NativeBackend):
         dtype, code, threads = DTYPE_CODES[out.dtype], form.code(signed), torch.get_num_threads()
         native.decode(codes.data_ptr(), scale.data_ptr(), out.numel(), code, out.data_ptr(), dtype, self._isa, threads)
 
-    def apply_matrix(self, work: MatrixWork) -> None:
+    def apply_matrix(self, work: MatrixWork) -> bool:
         """p <- p - (lr * u + decay * p) as MatrixWork says, with every precision; the same bits for every thread count.
+        False, and nothing done, for fp64.
 
         Products of fp32 factors are fp32, or round the factors to bf16 where torch.get_float32_matmul_precision() is
         "medium". Raises ValueError for an Int4Matrix and for tensors that are not contiguous.
         """
+        if torch.float64 in (work.param.dtype, getattr(work.left, "dtype", None), getattr(work.grad, "dtype", None)):
+            return False
         threads = torch.get_num_threads()
         scratch = self._scratch.take(native.apply_scratch(work.residual is not None, threads))
         native.apply_matrix(cpu_matrix.pack_apply(work, scratch, threads, self._isa))
         self._scratch.give_back(scratch)
+        return True
 
-    def project(self, grad: torch.Tensor, projector: torch.Tensor, side: str, out: torch.Tensor) -> None:
+    def project(self, grad: torch.Tensor, projector: torch.Tensor, side: str, out: torch.Tensor) -> bool:
         """out = projector^T @ grad (side "left": [rank, cols] from a projector [rows, rank]) or grad @ projector^T
-        (side "right": [rows, rank] from [rank, cols]). fp32, bf16 or fp16, accumulated in fp32; precision as in `apply_matrix`."""
+        (side "right": [rows, rank] from [rank, cols]). fp32, bf16 or fp16, accumulated in fp32; precision as in
+        `apply_matrix`. False, and nothing done, for fp64."""
+        if torch.float64 in (grad.dtype, projector.dtype, out.dtype):
+            return False
         right, rank = cpu_matrix.project_shape(grad, projector, side)
         threads = torch.get_num_threads()
         scratch = self._scratch.take(native.project_scratch(right, *grad.shape, rank, threads))
         native.project(cpu_matrix.pack_project(grad, projector, side, out, scratch, threads, self._isa))
         self._scratch.give_back(scratch)
+        return True
 
     def row_col_sums(
         self,
@@ -89,20 +97,23 @@ class CpuBackend(NativeBackend):
         row_out: torch.Tensor | None,
         col_out: torch.Tensor | None,
         mul: torch.Tensor | None = None,
-    ) -> None:
+    ) -> bool:
         """Sums of (mul * grad)^2 by row into row_out fp32 [rows] and by column into col_out fp32 [cols]; mul: fp32 [1]."""
-        self._sums(grad, row_out, col_out, None, mul, (None, None))
+        return self._sums(grad, row_out, col_out, None, mul, (None, None))
 
     def weighted_square_sum(
         self, grad: torch.Tensor, row_weight: torch.Tensor, col_weight: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    ) -> bool:
         """out fp32 [1] = sum of grad[i, j]^2 * row_weight[i] * col_weight[j]; weights fp32 [rows] and [cols]."""
-        self._sums(grad, None, None, out, None, (row_weight, col_weight))
+        return self._sums(grad, None, None, out, None, (row_weight, col_weight))
 
-    def _sums(self, grad, row_out, col_out, total, mul, weights) -> None:
+    def _sums(self, grad, row_out, col_out, total, mul, weights) -> bool:
+        if grad.dtype == torch.float64:
+            return False
         threads = torch.get_num_threads()
         scratch = self._scratch.take(native.sums_scratch(*grad.shape, col_out is not None))
         native.square_sums(
             cpu_matrix.pack_sums(grad, row_out, col_out, total, mul, weights, scratch, threads, self._isa)
         )
         self._scratch.give_back(scratch)
+        return True

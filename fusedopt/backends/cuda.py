@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from fusedopt.abi import DTYPE_CODES
-from fusedopt.backends.base import BucketKey, Work
+from fusedopt.backends.base import BucketKey, Int4Matrix, MatrixWork, Work
 from fusedopt.backends.native import NativeBackend, address, matrix_shape
 from fusedopt.formats import Format
 
@@ -79,13 +79,29 @@ class CudaBackend(NativeBackend):
             self._library.decode, out.device, codes.data_ptr(), scale.data_ptr(), out.numel(), form.code(signed), *to
         )
 
+    def apply_matrix(self, work: MatrixWork) -> bool:
+        """By Triton's kernel, where Triton is there."""
+        triton = self._triton()
+        return triton is not None and triton.apply_matrix(work)
+
+    def project_packed(self, grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> bool:
+        triton = self._triton()
+        return triton is not None and triton.project_packed(grad, packed, side, out)
+
+    def _triton(self):
+        """The backend whose kernels multiply matrices, or None where it cannot run."""
+        from fusedopt.backends.select import get_backend
+
+        triton = get_backend("triton")
+        return None if self._on_cpu or triton.reason() else triton
+
     def row_col_sums(
         self,
         grad: torch.Tensor,
         row_out: torch.Tensor | None,
         col_out: torch.Tensor | None,
         mul: torch.Tensor | None = None,
-    ) -> None:
+    ) -> bool:
         """Sums of (mul * grad)^2 by row into row_out fp32 [rows] and by column into col_out fp32 [cols]; grad [rows, cols] is
         contiguous (fp32, bf16, fp16), mul fp32 [1]. The same bits at every run. Raises ValueError for other tensors."""
         self._check("row_col_sums")
@@ -96,11 +112,11 @@ class CudaBackend(NativeBackend):
             address("row_out", row_out, (rows,), fp32, grad.device),
             address("col_out", col_out, (cols,), fp32, grad.device),
         )
-        self._enqueue_sums(self._library.row_col_sums, grad, addresses)
+        return self._enqueue_sums(self._library.row_col_sums, grad, addresses)
 
     def weighted_square_sum(
         self, grad: torch.Tensor, row_weight: torch.Tensor, col_weight: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    ) -> bool:
         """out fp32 [1] = sum of grad[i, j]^2 * row_weight[i] * col_weight[j]; weights fp32 [rows] and [cols]."""
         self._check("weighted_square_sum")
         rows, cols = matrix_shape(grad)
@@ -110,15 +126,16 @@ class CudaBackend(NativeBackend):
             address("col_weight", col_weight, (cols,), fp32, grad.device),
             address("out", out, (1,), fp32, grad.device),
         )
-        self._enqueue_sums(self._library.weighted_square_sum, grad, addresses)
+        return self._enqueue_sums(self._library.weighted_square_sum, grad, addresses)
 
-    def _enqueue_sums(self, function, grad: torch.Tensor, addresses: tuple[int, ...]) -> None:
+    def _enqueue_sums(self, function, grad: torch.Tensor, addresses: tuple[int, ...]) -> bool:
         rows, cols = grad.shape
         where = address("grad", grad, (rows, cols), device=grad.device)
         if not grad.numel():
             raise ValueError("a matrix without elements has no sums")
         scratch = torch.empty(self._library.sums_scratch(rows, cols), dtype=torch.float32, device=grad.device)
         self._enqueue(function, grad.device, where, DTYPE_CODES[grad.dtype], rows, cols, *addresses, scratch.data_ptr())
+        return True
 
     def _check(self, what: str) -> None:
         if why := self.reason():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedopt import abi
-from fusedopt.backends.base import BucketKey, Int4Matrix, Work, unsupported
+from fusedopt.backends.base import BucketKey, Int4Matrix, MatrixKernels, Work, unsupported
 from fusedopt.rule import get_rule
 
 _TRUST = (None, "gradient", "update")
@@ -38,7 +38,7 @@ def address(what: str, x, shape: tuple[int, ...], dtypes=abi.DTYPE_CODES, device
     return x.data_ptr()
 
 
-class NativeBackend:
+class NativeBackend(MatrixKernels):
     """A backend over a native module with launch(packed, ...), launch_bytes() and describe()."""
 
     name: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusedopt.abi import Phase
-from fusedopt.backends.base import BucketKey, Item, MatrixWork, Work
+from fusedopt.backends.base import BucketKey, Item, MatrixKernels, MatrixWork, Work
 from fusedopt.backends.reference_matrix import apply_matrix
 from fusedopt.formats import Format
 from fusedopt.memory import flat
@@ -20,7 +20,7 @@ def _as(value, like: torch.Tensor):
     return value.to(device=like.device, dtype=like.dtype) if isinstance(value, torch.Tensor) else value
 
 
-class ReferenceBackend:
+class ReferenceBackend(MatrixKernels):
     name = "reference"
 
     def __init__(self, dtype: torch.dtype | None = None):

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from fusedopt.abi import GRAIN_SIZE, MAX_STATES, Phase
-from fusedopt.backends.base import BucketKey, Int4Matrix, MatrixWork, Work, unsupported
+from fusedopt.backends.base import BucketKey, Int4Matrix, MatrixKernels, MatrixWork, Work, unsupported
 from fusedopt.formats import Format
 from fusedopt.kernels.language import missing
 from fusedopt.precision import get_precision
@@ -61,7 +61,7 @@ def _on(device: torch.device):
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
-class TritonBackend:
+class TritonBackend(MatrixKernels):
     name = "triton"
 
     def reason(self) -> str | None:

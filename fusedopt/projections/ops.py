@@ -1,7 +1,7 @@
-"""The matrix products of a projected step: R = project(G), and the parameter update from a low-rank product.
+"""The matrix products and sums of projected steps: R = project(G), the parameter update from a low-rank product, squares.
 
-project goes to torch.mm unless the backend has a faster kernel. apply takes torch's addmm_ where a single rounding of plain
-fp32 is all that is asked for and the backend has no kernel of its own, and Backend.apply_matrix elsewhere.
+Each goes to the backend's own kernel (MatrixKernels) where it takes the work, and to torch's operations elsewhere. On a GPU
+plain products are left to torch, whose library is faster than our kernel for a single rounding to nearest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from fusedopt.backends import select
 from fusedopt.backends.base import Int4Matrix, MatrixWork
 from fusedopt.backends.reference_matrix import decode_int4
 from fusedopt.memory import flat
-from fusedopt.projections.selection import squared_norms
 
 
 def projected_dtype(grad_dtype: torch.dtype, basis_dtype: torch.dtype) -> torch.dtype:
@@ -34,12 +33,10 @@ def product(grad: torch.Tensor, basis: torch.Tensor, side: str, out: torch.Tenso
 def project(backend: str, grad: torch.Tensor, basis: torch.Tensor | Int4Matrix, side: str, out: torch.Tensor) -> None:
     """out = basis^T grad (left; basis [rows, r]) or grad basis^T (right; basis [r, cols])."""
     if isinstance(basis, Int4Matrix):
-        kernel = getattr(select.get_backend(backend), "project_packed", None)
-        if kernel is not None and kernel(grad, basis, side, out):
+        if select.get_backend(backend).project_packed(grad, basis, side, out):
             return
         basis = decode_int4(basis, out.dtype)
-    kernel = getattr(select.get_backend(backend), "project", None)
-    if kernel is not None and kernel(grad, basis, side, out):
+    if select.get_backend(backend).project(grad, basis, side, out):
         return
     if grad.dtype == out.dtype:
         product(grad, basis.to(grad.dtype), side, out)
@@ -65,9 +62,8 @@ def _row_blocks(grad: torch.Tensor) -> list[slice]:
 
 def row_col_sums(backend: str, grad: torch.Tensor, row_out: torch.Tensor | None, col_out: torch.Tensor | None) -> None:
     """Sums of squares of a gradient [rows, cols]: of each row into row_out [rows], of each column into col_out [cols]."""
-    kernel = getattr(select.get_backend(backend), "row_col_sums", None)
     dtype = (row_out if row_out is not None else col_out).dtype
-    if kernel is not None and dtype == torch.float32 and kernel(grad, row_out, col_out, None):
+    if dtype == torch.float32 and select.get_backend(backend).row_col_sums(grad, row_out, col_out, None):
         return
     if col_out is not None:
         col_out.zero_()
@@ -81,9 +77,10 @@ def row_col_sums(backend: str, grad: torch.Tensor, row_out: torch.Tensor | None,
 
 def weighted_square_sum(backend: str, grad, row_weight: torch.Tensor, col_weight: torch.Tensor) -> torch.Tensor:
     """The sum of grad[i, j]^2 row_weight[i] col_weight[j], a 0-dim tensor of the weights' dtype."""
-    kernel = getattr(select.get_backend(backend), "weighted_square_sum", None)
     out = torch.zeros(1, dtype=row_weight.dtype, device=grad.device)
-    if kernel is not None and out.dtype == torch.float32 and kernel(grad, row_weight, col_weight, out):
+    if out.dtype == torch.float32 and select.get_backend(backend).weighted_square_sum(
+        grad, row_weight, col_weight, out
+    ):
         return out.view(())
     for rows in _row_blocks(grad):
         squares = grad[rows].to(out.dtype, copy=True).square_()
@@ -128,25 +125,20 @@ def apply(backend: str, work: MatrixWork) -> None:
     """Updates a parameter. See MatrixWork."""
     if work.param.device.type == "cpu":
         work = _unpacked(work)
-    kernel = getattr(select.get_backend(backend), "apply_matrix", None)
-    if kernel is not None and kernel(work):
+    if work.param.device.type == "cpu" and select.get_backend(backend).apply_matrix(work):
         return
     if _plain(work):
         alpha = -work.numbers.lr * work.scale
         work.param.addmm_(work.left, work.right, beta=1 - work.numbers.decay, alpha=alpha)
         return
-    select.get_backend("reference").apply_matrix(work)
+    if not select.get_backend(backend).apply_matrix(work):
+        select.get_backend("reference").apply_matrix(work)
 
 
 def square_sums(backend: str, grad: torch.Tensor, along: int | None) -> torch.Tensor:
     """Sums of squares of a matrix in fp32 (fp64 of fp64): of each row (along=0), of each column (1), or of all (None)."""
     rows, cols = grad.shape
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    kernel = getattr(select.get_backend(backend), "row_col_sums", None)
-    if kernel is not None and wide == torch.float32:
-        out = torch.empty(cols if along == 1 else rows, dtype=wide, device=grad.device)
-        if kernel(grad, None if along == 1 else out, out if along == 1 else None, None):
-            return out.sum() if along is None else out
-    if along is None:
-        return squared_norms(grad, "left").sum()
-    return squared_norms(grad, "right" if along == 1 else "left")
+    out = torch.empty(cols if along == 1 else rows, dtype=wide, device=grad.device)
+    row_col_sums(backend, grad, *((None, out) if along == 1 else (out, None)))
+    return out.sum() if along is None else out
