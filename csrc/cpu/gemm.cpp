@@ -32,7 +32,8 @@ static FO_HD Vector broadcast(float x) { return Vector{} + x; }
 
 constexpr int kVectors = 2, kLanes = sizeof(Vector) / 4, kRows = kRowStep, kCols = kColStep;
 constexpr int kStride = kWords + 16;  // of a left panel along k: rows of one panel start in different cache sets
-static_assert(kCols == kVectors * kLanes && kRows <= kLargestPanel && 32 % kCols == 0 && kApplyRows % kRows == 0 && kLeftRows % kRows == 0, "buffers fit all kernels");
+static_assert(kCols == kVectors * kLanes && kRows <= kLargestPanel && 32 % kCols == 0, "buffers fit all kernels");
+static_assert(kApplyRows % kRows == 0 && kLeftRows % kRows == 0, "groups of rows are whole panels");
 
 static FO_HD Vector load_vector(const float* x) {
   Vector v;

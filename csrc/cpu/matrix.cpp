@@ -122,7 +122,8 @@ struct Update {
 
   void make(Product (&parts)[2], float* buffer) const {
     const bool low = work.low_precision != 0;
-    parts[0] = {{work.left, work.left_dtype, work.rank, true}, {work.right, work.right_dtype, work.cols, false}, work.rank, false, 0, nullptr, nullptr};
+    parts[0] = {{work.left, work.left_dtype, work.rank, true}, {work.right, work.right_dtype, work.cols, false},
+                work.rank, false, 0, nullptr, nullptr};
     parts[1] = {{work.grad_left, work.grad_left_dtype, work.grad_rank, true}, {work.grad_right, work.grad_right_dtype, work.cols, false},
                 work.grad_rank, false, 0, nullptr, nullptr};
     for (Product& part : parts) {
@@ -159,7 +160,7 @@ struct Update {
   }
 
   // The same as `span`, for parameters that are stepped where they lie: right after each kernel call, so that this work and the
-  // products of the next call overlap. Takes a tenth less time than rows of a tile.
+  // products of the next call overlap. bf16 takes a tenth less time than by rows of a tile, fp32 a hundredth.
   template <class P>
   void span_in_place(int64_t first, int64_t last, int64_t col, int columns, float* scratch) const {
     Product parts[2];
