@@ -32,6 +32,7 @@ from fusedopt.rules.adam import Adam, AdamW  # noqa: E402
 from fusedopt.rules.lamb import LAMB  # noqa: E402
 from fusedopt.rules.lars import LARS  # noqa: E402
 from fusedopt.rules.lion import Lion  # noqa: E402
+from fusedopt.rules.microadam import MicroAdam  # noqa: E402
 from fusedopt.rules.sgd import SGD  # noqa: E402
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "Int8Weight",
     "QGaLore",
     "Lion",
+    "MicroAdam",
     "SubsetNorm",
     "SubspaceMomentum",
     "clip_grad_norm_",

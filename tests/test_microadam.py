@@ -7,7 +7,7 @@ import torch
 from oracles import microadam as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedopt.microadam import NAMES, SHARE, Options, allocate, update
+from fusedopt.projections.window import NAMES, SHARE, Options, allocate, update
 
 SMALL = {"window": 3, "density": 0.05, "block": 64, "error_block": 32}
 
@@ -181,9 +181,9 @@ def test_several_blocks_at_a_time_change_nothing(monkeypatch):
     for step in range(1, 5):
         g = gradient(n, step)
         a = collect(one, g, step, options)
-        monkeypatch.setattr("fusedopt.microadam.SHARE", 3)
+        monkeypatch.setattr("fusedopt.projections.window.SHARE", 3)
         b = collect(two, g, step, options)
-        monkeypatch.setattr("fusedopt.microadam.SHARE", SHARE)
+        monkeypatch.setattr("fusedopt.projections.window.SHARE", SHARE)
         assert torch.equal(a, b) and all(torch.equal(one[name], two[name]) for name in NAMES)
 
 
