@@ -14,6 +14,7 @@ from fusedopt.formats import Format
 from fusedopt.precision import ParamPrecision
 from fusedopt.projections.base import Site
 from fusedopt.rule import Rule
+from fusedopt.weights import Int8Weight
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +38,11 @@ class Slot:
     reasons: list[str] = field(default_factory=list)
     row: int = 0
     plain_row: int = 0  # a site's second scalar row, for launches over updates
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the parameter is an int8 weight; work_param is its codes."""
+        return isinstance(self.param, Int8Weight)
 
     @property
     def target(self) -> torch.Tensor:

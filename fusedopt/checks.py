@@ -92,3 +92,17 @@ def check_projected(name: str, decay_mode: str, index: int, p: torch.Tensor, gro
         )
     if group["differentiable"]:
         raise RuntimeError(f"{describe(name, index, p)} is projected, which differentiable=True cannot be.")
+
+
+def check_quantized(name: str, index: int, p: torch.Tensor, rule, projection) -> None:
+    """Raises RuntimeError for an int8 weight that its rule or projection cannot step."""
+    if rule.trust_on:
+        raise RuntimeError(
+            f"{describe(name, index, p)} is an int8 weight, and {name}'s trust ratio needs its norm. Use a rule without one "
+            "(AdamW), or keep the weight in floating point."
+        )
+    if not projection.site.takes_int8:
+        raise RuntimeError(
+            f"{describe(name, index, p)} is an int8 weight, which {type(projection).__name__} cannot step. Use GaLore, QGaLore, "
+            "DCT, APOLLO or FRUGAL with a basis, no projection, or keep the weight in floating point."
+        )

@@ -41,6 +41,8 @@ class LostUpdates:
     @staticmethod
     def _counts(slot, groups: list[dict]) -> bool:
         p, lr = slot.param, groups[slot.group]["lr"]
+        if slot.quantized:
+            return False
         plain = p.dtype in (torch.bfloat16, torch.float16) and slot.precision.name == "nearest"
         stopped = not isinstance(lr, torch.Tensor) and lr == 0
         return plain and not stopped and p.numel() > 0 and is_dense(p) and not slot.copy_grad and p.grad is not None

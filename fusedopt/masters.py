@@ -7,11 +7,20 @@ import torch
 from fusedopt.memory import empty_like, flat, is_dense
 from fusedopt.precision import NEAREST, ParamPrecision, get_precision, list_precisions
 from fusedopt.states import option_overrides
+from fusedopt.weights import Int8Weight
 
 
 def configured_precision(p: torch.Tensor, group: dict) -> ParamPrecision:
     """The precision of a parameter: its override, else the group's; nearest for fp32 and fp64. ValueError where it cannot be."""
-    return get_precision(option_overrides(p).get("param_precision", group["param_precision"])).for_dtype(p.dtype)
+    precision = get_precision(option_overrides(p).get("param_precision", group["param_precision"]))
+    if isinstance(p, Int8Weight):
+        if precision.companion:
+            raise ValueError(
+                f"param_precision {precision.name!r} keeps a companion of a 16-bit weight, which an int8 weight is not: it is "
+                "rounded stochastically; use 'nearest' or 'stochastic', or override() its param_precision"
+            )
+        return NEAREST
+    return precision.for_dtype(p.dtype)
 
 
 def stored_precision(p: torch.Tensor, entry: dict) -> ParamPrecision:

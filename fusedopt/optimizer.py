@@ -17,7 +17,9 @@ from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import Projection, configured, states_like
 from fusedopt.projections.lowrank import LowRankGradients
+from fusedopt.projections.quantized import UNPROJECTED
 from fusedopt.rule import Rule
+from fusedopt.weights import Int8Weight
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -120,7 +122,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def projection_for(self, p: torch.Tensor, group: dict) -> Projection | None:
         """How a parameter's gradient is projected, or None."""
-        return configured(p, group)
+        projection = configured(p, group)
+        return UNPROJECTED if projection is None and isinstance(p, Int8Weight) else projection
 
     def kept_rule(self, p: torch.Tensor, group: dict) -> Rule:
         """The rule whose states a parameter keeps: the class's, or what its projection makes of it."""

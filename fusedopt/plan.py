@@ -16,7 +16,7 @@ from fusedopt.abi import Phase
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.bucket import Bucket, Slot
-from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected
+from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected, check_quantized
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
@@ -24,6 +24,7 @@ from fusedopt.precision import get_precision
 from fusedopt.projections.base import places, states_like
 from fusedopt.projections.steps import ProjectedSteps
 from fusedopt.rule import get_rule
+from fusedopt.weights import storage
 
 
 def _buckets(by_key: dict[BucketKey, list[Slot]]) -> list[Bucket]:
@@ -192,11 +193,11 @@ class Plan:
             devices.setdefault(slot.param.device, []).append(slot)
         self.devices = [DevicePlan(d, mine, opt, len(params)) for d, mine in devices.items()]
         self.live_params = [s.param for s in slots]
-        self.param_pointers = [p.data_ptr() for p in self.live_params]
+        self.param_pointers = [storage(p).data_ptr() for p in self.live_params]
         self.shapes = [p.shape for p in self.live_params]
         self.grad_dtypes = [g.dtype for g in live]
         self.grad_strides = [g.stride() for g in live]
-        self.gapped = [s for s in slots if s.work_param is not s.param]
+        self.gapped = [s for s in slots if s.work_param is not storage(s.param)]
         self.copied = [s for s in slots if s.copy_grad]
         self.scratch: list[torch.Tensor] = []
         self.grad_pointers: list[int] = []
@@ -239,9 +240,10 @@ class Plan:
                 projection, place = found[slot.tensor_id]
                 group = opt.param_groups[slot.group]
                 check_projected(type(opt).__name__, opt.decay_mode, slot.tensor_id, slot.param, group)
-                slot.site = projection.site(
-                    projection, slot.work_param, slot.entry, slot.grad_dtype, slot.tensor_id, group, place
-                )
+                if slot.quantized:
+                    check_quantized(type(opt).__name__, slot.tensor_id, slot.param, slot.rule, projection)
+                p = slot.param if slot.quantized else slot.work_param
+                slot.site = projection.site(projection, p, slot.entry, slot.grad_dtype, slot.tensor_id, group, place)
 
     def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
         group = opt.param_groups[group_index]
@@ -253,7 +255,7 @@ class Plan:
         wanted = st.configured_formats(p, group, rule, likes)
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
-        work_param = p if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        work_param = storage(p) if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
         for state, form, like in zip(rule.states, formats, likes, strict=True):
             shaped = work_param if like is p else like
             check_layout(type(opt).__name__, tensor_id, p, shaped, entry, state.name, form)
@@ -296,7 +298,7 @@ class Plan:
         if [g.stride() for g in live] != self.grad_strides or [g.dtype for g in live] != self.grad_dtypes:
             return False
         mine = self.live_params
-        if [p.data_ptr() for p in mine] != self.param_pointers or [p.shape for p in mine] != self.shapes:
+        if [storage(p).data_ptr() for p in mine] != self.param_pointers or [p.shape for p in mine] != self.shapes:
             return False
         entries = self.opt.state.values()
         if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):

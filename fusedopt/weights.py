@@ -210,6 +210,11 @@ class Int8Weight(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def storage(p: torch.Tensor) -> torch.Tensor:
+    """The tensor that holds a parameter's elements: itself, or an int8 weight's codes."""
+    return p.codes if isinstance(p, Int8Weight) else p
+
+
 torch.serialization.add_safe_globals([Int8Weight])  # so that torch.load reads it with weights_only=True
 
 

@@ -28,6 +28,35 @@ def _number(x, dtype: torch.dtype, device):
     return x.to(device=device, dtype=dtype).view(()) if isinstance(x, torch.Tensor) else x
 
 
+class Update:
+    """u of a MatrixWork, some rows at a time."""
+
+    def __init__(self, work: MatrixWork, dtype: torch.dtype):
+        self.work, self.dtype = work, dtype
+        self.left, self.right = _factor(work.left, dtype), _factor(work.right, dtype)
+        self.grad_left, self.grad_right = _factor(work.grad_left, dtype), _factor(work.grad_right, dtype)
+        mul = self.sign = _number(work.numbers.grad_sign, dtype, work.param.device)
+        if work.grad_scale is not None:
+            mul = mul / work.grad_scale.to(dtype).view(())
+        self.mul = mul if work.clip is None else mul * work.clip.to(dtype).view(())
+
+    def rows(self, part: slice) -> torch.Tensor:
+        work, dtype = self.work, self.dtype
+        if self.left is None:
+            u = work.grad[part].to(dtype)
+            if work.row_factor is not None:
+                u = u * work.row_factor[part, None].to(dtype)
+            if work.col_factor is not None:
+                u = u * work.col_factor.to(dtype)
+            return u * work.scale
+        u = work.scale * (self.left[part] @ self.right)
+        if work.residual is not None:
+            rest = work.grad[part].to(dtype) - self.grad_left[part] @ self.grad_right
+            weight = self.sign * rest.sign() if work.residual == "sign" else self.mul * rest
+            u = u + work.residual_scale * weight
+        return u
+
+
 def apply_matrix(work: MatrixWork, dtype: torch.dtype | None = None) -> bool:
     """One update as MatrixWork says, in fp64 where a tensor is fp64, else in fp32. Always True: it takes every work."""
     if work.found_inf is not None and bool(work.found_inf):
@@ -36,34 +65,14 @@ def apply_matrix(work: MatrixWork, dtype: torch.dtype | None = None) -> bool:
     tensors = [t for t in (p, work.left, work.right, work.grad) if isinstance(t, torch.Tensor)]
     if dtype is None:
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    row = work.numbers
-    lr, decay, sign = (_number(x, dtype, device) for x in (row.lr, row.decay, row.grad_sign))
-    mul = sign
-    if work.grad_scale is not None:
-        mul = mul / work.grad_scale.to(dtype).view(())
-    if work.clip is not None:
-        mul = mul * work.clip.to(dtype).view(())
-    left, right = _factor(work.left, dtype), _factor(work.right, dtype)
-    grad_left, grad_right = _factor(work.grad_left, dtype), _factor(work.grad_right, dtype)
+    lr, decay = (_number(x, dtype, device) for x in (work.numbers.lr, work.numbers.decay))
+    update = Update(work, dtype)
     rows, cols = p.shape
     step = max(8, BLOCK // cols // 8 * 8)  # whole octets of random bits
     for first in range(0, rows, step):
         part = slice(first, min(rows, first + step))
-        if left is None:
-            u = work.grad[part].to(dtype)
-            if work.row_factor is not None:
-                u = u * work.row_factor[part, None].to(dtype)
-            if work.col_factor is not None:
-                u = u * work.col_factor.to(dtype)
-            u = u * work.scale
-        else:
-            u = work.scale * (left[part] @ right)
-            if work.residual is not None:
-                rest = work.grad[part].to(dtype) - grad_left[part] @ grad_right
-                weight = sign * rest.sign() if work.residual == "sign" else mul * rest
-                u = u + work.residual_scale * weight
         companion = None if work.companion is None else work.companion[part]
-        _store(work, p[part], companion, u, lr, decay, first * cols, dtype)
+        _store(work, p[part], companion, update.rows(part), lr, decay, first * cols, dtype)
     return True
 
 

@@ -18,6 +18,8 @@ _TINY = 1e-8  # added to norms in a denominator, as in the reference implementat
 class ApolloSite(base.Site):
     """Projects with Gaussian numbers that are drawn anew from their seed, and scales the gradient by the ratio of norms."""
 
+    takes_int8 = True
+
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         every = self.projection.update_every
         period = (step - 1 - self.offset) // every * every + self.offset + 1  # the step this projector is of

@@ -175,6 +175,7 @@ class Site:
     plan; entry, the parameter's state dict; place: its index among the projected parameters and their number.
     """
 
+    takes_int8 = False  # whether it updates int8 weights (fusedopt.weights), through ops.apply or ops.step_rows
     launched = True  # whether the rule steps `projected` into `update` in the launch of directions
     plain_rule: str | None = None  # of a second scalar row, for launches over updates (slot.plain_row)
     room = 0  # elements of the scratch buffers it shares with other sites (ProjectedSteps.scratch)

@@ -18,6 +18,8 @@ from fusedopt.projections.feedback import BITS, ErrorFeedback, error_tensors
 class DctSite(base.Site):
     """Columns of the cosine basis, made anew from their numbers at every step."""
 
+    takes_int8 = True
+
     def __init__(self, *args):
         super().__init__(*args)
         form = self.projection.error_feedback

@@ -56,6 +56,7 @@ class FrugalSite(BasisSite):
 class SelectionSite(FrugalSite):
     """Whole columns (or rows) as the subspace: gathered and put back, without products."""
 
+    takes_int8 = False
     plain_rule = "sgd"
 
     @property

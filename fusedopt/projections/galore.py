@@ -18,6 +18,7 @@ METHODS = ("randomized", "svd", "random")
 class BasisSite(base.Site):
     """A site whose projector is a basis of the gradient's dominant subspace, kept dense in the state."""
 
+    takes_int8 = True
     kept_exactly = True  # whether basis() is what set_basis was given
 
     def basis(self) -> torch.Tensor:

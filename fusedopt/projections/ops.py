@@ -12,8 +12,9 @@ import torch
 
 from fusedopt.backends import select
 from fusedopt.backends.base import Int4Matrix, MatrixWork
-from fusedopt.backends.reference_matrix import decode_int4
+from fusedopt.backends.reference_matrix import Update, decode_int4
 from fusedopt.memory import flat
+from fusedopt.weights import GROUP, Int8Weight, row_blocks, update_rows
 
 
 def projected_dtype(grad_dtype: torch.dtype, basis_dtype: torch.dtype) -> torch.dtype:
@@ -121,10 +122,31 @@ def _unpacked(work: MatrixWork) -> MatrixWork:
     return replace(work, **{name: decoded.get(id(x), x) for name, x in factors.items()})
 
 
+def _apply_int8(backend: str, work: MatrixWork) -> None:
+    """The update of an int8 weight, a few rows at a time: decoded, stepped and encoded again, rounded stochastically."""
+    update = Update(work, torch.float32)
+    for first, last in row_blocks(work.param):
+        u = update.rows(slice(first, last))
+        step_rows(backend, work.param, first, last, u, work.numbers, work.scalars, work.tensor_id, work.found_inf)
+
+
+def step_rows(
+    backend: str, weight: Int8Weight, first: int, last: int, u, numbers, scalars, tensor_id: int, found
+) -> None:
+    """Some rows of an int8 weight (whole groups) from their update u, fp32."""
+    kernel = weight.device.type != "cpu" and weight.group == GROUP and select.get_backend("triton").reason() is None
+    update_rows(
+        weight, first, last, u, numbers, scalars, tensor_id, found_inf=found, triton=kernel and backend != "reference"
+    )
+
+
 def apply(backend: str, work: MatrixWork) -> None:
     """Updates a parameter. See MatrixWork."""
     if work.param.device.type == "cpu":
         work = _unpacked(work)
+    if isinstance(work.param, Int8Weight):
+        _apply_int8(backend, work)
+        return
     if work.param.device.type == "cpu" and select.get_backend(backend).apply_matrix(work):
         return
     if _plain(work):

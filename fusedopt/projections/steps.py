@@ -66,7 +66,7 @@ class ProjectedSteps:
         """The work of a slot's update, without the update itself."""
         matrix, companion = slot.site.matrix, slot.companion
         return MatrixWork(
-            matrix(slot.work_param), None if companion is None else matrix(companion), slot.precision, None, None,
+            slot.param if slot.quantized else matrix(slot.work_param), None if companion is None else matrix(companion), slot.precision, None, None,
             self.scalars.table[slot.row], self.scalars.numbers[slot.row], slot.tensor_id, grad=grad,
             grad_scale=self.scale, clip=self.clip, found_inf=self.found,
         )  # fmt: skip
