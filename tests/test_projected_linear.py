@@ -189,6 +189,26 @@ def test_a_useless_sketch_keeps_the_basis(value):
     assert torch.equal(sketch_basis(torch.full((20, 16), value), 4, "left", old), old)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_a_sketch_basis_is_that_of_its_svd(side, tokens):
+    """Singular vectors in order, and an orthonormal completion where fewer tokens than the rank made the gradient."""
+    torch.manual_seed(0)
+    scale = 10.0 ** -(torch.arange(tokens) / tokens * 3).unsqueeze(1)
+    grad = (scale * torch.randn(tokens, 40)).T @ torch.randn(tokens, 50)
+    sketch = grad @ torch.randn(50, 24) if side == "left" else torch.randn(24, 40) @ grad
+    old = random_basis((40, 50), 6, side, seed=0, tensor_id=0, step=1)
+    new = sketch_basis(sketch, 6, side, old)
+    gram = new.T @ new if side == "left" else new @ new.T
+    assert (gram - torch.eye(6)).abs().max() < 1e-5
+    u, _, v = torch.linalg.svd(sketch.double(), full_matrices=False)
+    wanted, found = (u.T, new.T) if side == "left" else (v, new)
+    count = min(tokens, 6)
+    cosines = (wanted[:count] * found[:count]).sum(1).abs()
+    assert (1 - cosines).abs().max() < 1e-6
+    assert ((new * old).sum(0 if side == "left" else 1) >= 0).all()
+
+
 # What is allocated
 
 
