@@ -23,7 +23,7 @@ def bytes_per_step(bucket, phase: Phase) -> float:
 
 
 def _low_rank(site) -> str:
-    return " x ".join(map(str, site.projected.shape)) if site.launched else "itself"
+    return " x ".join(map(str, site.update.shape)) if site.launched else "itself"
 
 
 class PlanReport:
