@@ -346,4 +346,6 @@ def test_lowrank_quick_run(tmp_path, capsys):
     assert energies["full SVD", "fp32"] == 1.0
     assert energies["randomised, warm start", "fp32"] > 0.99 > 0.4 > energies["random", "fp32"]
     assert [r["gradient_bytes"] for r in parts["linear"]] == [r["predicted_gradient_bytes"] for r in parts["linear"]]
+    plain, early = parts["linear"]
+    assert plain["peak_bytes"] > plain["gradient_bytes"] and plain["peak_bytes"] > early["peak_bytes"] > 0
     assert parts["linear"][1]["gradient_bytes"] * 8 == parts["linear"][0]["gradient_bytes"]
