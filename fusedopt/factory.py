@@ -13,10 +13,22 @@ from fusedopt.rule import optimizers
 SUFFIXES = {"": None, "8bit": "8bit", "4bit": "4bit", **{f"_{name}": name for name in list_formats()}}
 
 
+FAMILIAR = {"adamw_sn": "subset_norm_adamw", "conda": "conda_adamw"}  # names that other packages use
+
+
+def _in_full(name: str) -> str:
+    """A name in lower case; a familiar one with its projection and class spelled out."""
+    name = name.lower()
+    for short, full in FAMILIAR.items():
+        if name.startswith(short) and name.removeprefix(short) in SUFFIXES:
+            return full + name.removeprefix(short)
+    return name
+
+
 def parse_name(name: str) -> tuple[str, str | None]:
     """("adamw", "int8") of "adamw8bit" and of "galore_adamw8bit". ValueError for an unknown name, listing the known ones."""
     known = optimizers()
-    rest = name.lower()
+    rest = _in_full(name)
     prefix = _prefix(rest)
     if prefix is not None:
         rest = rest.removeprefix(f"{prefix}_")
@@ -38,7 +50,7 @@ def _prefix(name: str) -> str | None:
 
 def take_projection(name: str, options: dict):
     """The projection that a name asks for, or None. Its options (rank, update_every, ...) are taken out of `options`."""
-    prefix = _prefix(name.lower())
+    prefix = _prefix(_in_full(name))
     if prefix is None:
         return None
     cls = get_projection(prefix)
