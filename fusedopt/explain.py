@@ -64,6 +64,21 @@ class PlanReport:
         """Bytes one step must move."""
         return sum(b["bytes"] for b in self.buckets)
 
+    def _alone(self) -> list[str]:
+        """Tensors that a projection steps by itself, in pieces: they share no launches, and are in no bucket."""
+        found: dict[tuple, int] = {}
+        for slot in self._plan.slots:
+            if slot.site is not None and not slot.site.launched:
+                formats = ", ".join(f"{s} {f.name}" for s, f in zip(slot.rule.state_names, slot.formats, strict=True))
+                key = (slot.param.device, slot.key.backend, slot.site.projection.name, slot.param.dtype,
+                       slot.precision.name, formats or "no full-size states")  # fmt: skip
+                found[key] = found.get(key, 0) + 1
+        return [
+            f"  {device} {backend}: {name}, p {str(dtype).removeprefix('torch.')} ({precision}), {formats}; {count} tensors "
+            "stepped one by one, in pieces"
+            for (device, backend, name, dtype, precision, formats), count in found.items()
+        ]
+
     def _notes(self) -> list[str]:
         notes = []
         for slot in self._plan.slots:
@@ -103,6 +118,7 @@ class PlanReport:
                 f"{'' if b['aligned'] else ', not 16-byte aligned'}; phases {'+'.join(b['phases'])}, {b['bytes'] / 1e6:.3f} MB"
             )
             lines += [f"    not {reason}" for reason in b["reasons"]]
+        lines += self._alone()
         notes = self._notes()
         lines += [f"  {note}" for note in notes[:20]]
         if len(notes) > 20:

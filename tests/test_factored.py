@@ -287,6 +287,21 @@ def test_capturable_numbers_come_from_tensors():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+def test_the_scale_is_that_of_the_weights_behind_a_bf16_parameter():
+    """rms(p) of what parameter and companion stand for: bf16 alone would be 1e-3 off where all weights are 1.0029."""
+    p16 = torch.nn.Parameter(torch.ones(40, 60, dtype=torch.bfloat16))
+    opt = fusedopt.Adafactor([p16], param_precision="split32")
+    p16.grad = torch.zeros_like(p16)
+    opt.step()
+    opt.state[p16]["low_bits"].fill_(24576)
+    before = weights(p16, opt.state[p16])
+    p16.grad = torch.ones_like(p16)
+    opt.step()
+    step = before - weights(p16, opt.state[p16])
+    assert float(before[0, 0]) > 1.0025
+    torch.testing.assert_close(step, torch.full_like(step, 1e-2 * float(before[0, 0])), rtol=2e-5, atol=0)
+
+
 def test_zero_and_empty_tensors():
     params = [*parameters((4, 6), (0, 3), (3,)), torch.nn.Parameter(torch.zeros(5, 5))]
     opt = fusedopt.Adafactor(params, beta1=0.9)
@@ -307,6 +322,8 @@ def test_zero_and_empty_tensors():
         ({"warmup_init": True, "relative_step": False, "lr": 1.0}, "warmup_init=True needs relative_step=True"),
         ({"eps": (None, 1e-3)}, r"eps\[0\]=None is for variant='torch'"),
         ({"eps": (-1.0, 1e-3)}, "Invalid epsilon value: -1.0"),
+        ({"eps": 1e-8}, "Adafactor takes two, such as"),
+        ({"differentiable": True}, "differentiable=True is not supported"),
         ({"clip_threshold": 0.0}, "Invalid clip_threshold value: 0.0"),
         ({"decay_rate": 0.8}, "Invalid decay_rate value: 0.8"),
         ({"beta1": 1.0}, "Invalid beta1 value: 1.0"),
@@ -317,3 +334,11 @@ def test_zero_and_empty_tensors():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         fusedopt.Adafactor(parameters((3, 3)), **options)
+
+
+def test_the_plan_says_what_is_stepped_by_itself():
+    opt = fusedopt.Adafactor(params := parameters((64, 80), (9,)), beta1=0.9, state_format="int8")
+    set_grads(params, 0)
+    report = str(opt.plan())
+    assert "factored, p float32 (nearest), exp_avg int8; 1 tensors stepped one by one" in report
+    assert "exp_avg fp32; 1 tensors" in report

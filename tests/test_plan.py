@@ -363,11 +363,14 @@ def test_create_takes_parameters_and_groups():
 def test_create_errors():
     p = nn.Parameter(torch.zeros(2))
     for name in ("adamz", "adamw16bit", "8bit", "adamw8bit8bit", ""):
-        with pytest.raises(ValueError, match=f"unknown optimizer '{name}'; names are adam, adamw, .*suffix 8bit"):
+        with pytest.raises(
+            ValueError, match=f"unknown optimizer '{name}'; names are adafactor, adam, adamw, .*suffix 8bit"
+        ):
             create(name, [p])
     with pytest.raises(ValueError, match="'adamw8bit' means state_format='int8', but state_format='bf16' is given"):
         create("adamw8bit", [p], state_format="bf16")
 
 
 def test_every_class_is_covered_by_the_configurations():
-    assert {c.optimizer for c in CONFIGS} == set(optimizers())
+    # Adafactor steps each tensor by itself, in pieces and not in buckets: tests/test_factored.py
+    assert {c.optimizer for c in CONFIGS} == set(optimizers()) - {"adafactor"}

@@ -153,9 +153,10 @@ class Conda(base.Projection):
     basis is [side, side] in bf16 for bf16 parameters, else fp32. Vectors are stepped as the class steps them.
 
     Temporary memory: of tall matrices three pieces of at most 1/150 of the largest parameter; of wide ones (fewer rows than
-    columns) one fp32 matrix of the largest one's shape, kept between steps, and with 16-bit gradients or bases a fp32 copy of the basis. A
+    columns) one fp32 matrix of the largest one's shape, kept between steps, and of a bf16 basis a fp32 copy. A
     refresh needs one or two more fp32 matrices, the Gram matrix of the smaller side in fp64 and what torch.linalg.eigh takes
-    (method "svd": what torch.linalg.svd takes). A number of columns that is not a multiple of 16 makes pieces longer.
+    (method "svd": what torch.linalg.svd takes). Pieces hold whole rows and a multiple
+    of 2048 elements: an odd number of columns makes them as long as 2048 rows.
 
     Args:
         update_every: steps between refreshes of a matrix's basis, the first at step 1.

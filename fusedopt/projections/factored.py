@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from fusedopt.abi import Phase
+from fusedopt.backends import select
 from fusedopt.backends.base import MatrixWork, RowNumbers
 from fusedopt.memory import flat, is_dense
 from fusedopt.projections import base, ops
@@ -67,7 +68,9 @@ class FactoredSite(FullSite):
         self.group = steps.groups[slot.group]
         self.backend = slot.key.backend
         self.torch_form = self.group["variant"] == "torch"
-        self.one_product = self.layout in ("matrix", "transposed") and not self.torch_form and not slot.rule.states
+        # Without momentum a matrix is one MatrixWork. Backends without a kernel for it step pieces: the fallback copies more.
+        plain = self.layout in ("matrix", "transposed") and not self.torch_form and not slot.rule.states
+        self.one_product = plain and hasattr(select.get_backend(self.backend), "apply_matrix")
         self.pieces = None if self.one_product else self.pieces_of(slot, steps, self.shape)
         self.launch: PieceLaunch | None = None
 
@@ -108,7 +111,7 @@ class FactoredSite(FullSite):
             most = 1e-6 * numbers.step if h["warmup_init"] else numbers.lr
             size = _smaller(most, numbers.step**-0.5)
         if h["scale_parameter"]:
-            size = ops.rms(slot.work_param, self.dtype).clamp(min=h["eps"][1]) * size
+            size = ops.rms(slot.work_param, slot.companion, slot.precision, self.dtype).clamp(min=h["eps"][1]) * size
         return size, (numbers.lr if self.torch_form else size) * h["weight_decay"]
 
     # The second moment

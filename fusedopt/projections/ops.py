@@ -14,6 +14,7 @@ from fusedopt.backends import select
 from fusedopt.backends.base import Int4Matrix, MatrixWork
 from fusedopt.backends.reference_matrix import Update, decode_int4
 from fusedopt.memory import flat
+from fusedopt.precision import ParamPrecision
 from fusedopt.weights import GROUP, Int8Weight, row_blocks, update_rows
 
 
@@ -89,11 +90,16 @@ def weighted_square_sum(backend: str, grad, row_weight: torch.Tensor, col_weight
     return out.view(())
 
 
-def rms(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The root mean square of a dense tensor, 0-dim. A GPU converts 16-bit values as it sums; a CPU would copy them first."""
-    x = flat(t)
-    if t.is_cuda:
+def rms(p: torch.Tensor, companion: torch.Tensor | None, precision: ParamPrecision, dtype: torch.dtype) -> torch.Tensor:
+    """The root mean square of the weights that a dense parameter and its companion stand for, 0-dim. Nothing is copied whole."""
+    x = flat(p)
+    if p.is_cuda and companion is None:  # a GPU converts 16-bit values as it sums
         return torch.linalg.vector_norm(x, dtype=dtype) / x.numel() ** 0.5
+    if companion is not None:
+        size, low = 1 << (22 if p.is_cuda else 18), flat(companion)
+        ranges = (slice(first, first + size) for first in range(0, x.numel(), size))
+        parts = (precision.load(x[r], low[r], dtype) for r in ranges)
+        return (sum(torch.dot(part, part) for part in parts) / x.numel()).sqrt()
     parts = (x[first : first + (1 << 18)].to(dtype) for first in range(0, x.numel(), 1 << 18))
     return (sum(torch.dot(part, part) for part in parts) / x.numel()).sqrt()
 

@@ -126,7 +126,9 @@ class SubspaceMomentumSite(FullSite):
         mul = steps.multiplier(slot)
         mul = mul.to(self.dtype) if isinstance(mul, torch.Tensor) else mul
         scratch, (_, update) = self.pieces.scratch(steps), self.launches
-        difference = self.average.sub_(self.low_rank.to(self.dtype) * mul)  # momentum in place of the plain gradient
+        plain = self.low_rank.to(self.dtype, copy=True).mul_(mul)
+        difference = self.average.sub_(plain)  # momentum in place of the plain gradient
+        del plain
         basis = self.entry["projector"].to(self.dtype)
         factors = None
         if self.moment is None:

@@ -39,7 +39,7 @@ class Adafactor(FusedOptimizer):
         decay_rate: exponent c of 1 - beta2 = t^c.
         beta1: of a moving average `exp_avg` of the updates, in any state_format; None for none.
         weight_decay: decoupled, times the step size.
-        scale_parameter: multiply the step size by max(eps[1], rms(p)). A 16-bit parameter counts as its rounded copy.
+        scale_parameter: multiply the step size by max(eps[1], rms(p)).
         relative_step: bound the step size by 1 / sqrt(t).
         warmup_init: bound it by 1e-6 t instead of lr; needs relative_step.
         variant: "transformers" (and fairseq), or "torch", whose eps[0] is a floor (None: the machine epsilon of the
@@ -65,6 +65,8 @@ class Adafactor(FusedOptimizer):
             lr = 1e-2
         if warmup_init and not relative_step:
             raise ValueError("Adafactor: warmup_init=True needs relative_step=True.")
+        if not isinstance(eps, (tuple, list)) or len(eps) != 2:
+            raise ValueError(f"Invalid epsilon value: {eps}; Adafactor takes two, such as (1e-30, 1e-3)")
         if eps[0] is None and variant != "torch":
             raise ValueError("Adafactor: eps[0]=None is for variant='torch'. Pass a number such as 1e-30.")
         for value in eps:
@@ -81,6 +83,8 @@ class Adafactor(FusedOptimizer):
             "warmup_init": warmup_init, "variant": variant,
         }  # fmt: skip
         super().__init__(params, defaults, **options)
+        if self.defaults["differentiable"]:
+            raise ValueError("Adafactor: differentiable=True is not supported. Use torch.optim.Adafactor.")
 
     def _check_projection(self, group) -> None:
         if group["projection"] is not None:
