@@ -16,7 +16,7 @@ import fusedopt
 from fusedopt.masters import weights
 from fusedopt.precision import list_precisions
 from fusedopt.projections import pieces as pc
-from fusedopt.projections.factored import factored_bytes, factor_shapes
+from fusedopt.projections.factored import factor_shapes, factored_bytes
 from fusedopt.states import decode, state_bytes
 
 SHAPES = ((12, 7), (7, 40), (30, 301), (5,), (3, 4, 5), (2, 3, 4, 4), ())
@@ -109,6 +109,8 @@ def test_torch(options, dtype, backend, monkeypatch):
         for p, q in zip(mine, theirs, strict=True):
             q.grad = gradient(q.detach().double(), step).to(dtype)
             q.grad[..., 0] *= 1e-9
+            if p is mine[1]:  # its mean is below the floor of 1e-2 in one of the cases
+                q.grad *= 1e-2
             p.grad = q.grad.clone()
         opt.step(), other.step()
     bound = 1e-10 if dtype == torch.float64 else 2e-6
