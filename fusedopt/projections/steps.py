@@ -65,8 +65,9 @@ class ProjectedSteps:
     def work(self, slot, grad: torch.Tensor | None) -> MatrixWork:
         """The work of a slot's update, without the update itself."""
         matrix, companion = slot.site.matrix, slot.companion
+        param = slot.param if slot.quantized else matrix(slot.work_param)
         return MatrixWork(
-            slot.param if slot.quantized else matrix(slot.work_param), None if companion is None else matrix(companion), slot.precision, None, None,
+            param, None if companion is None else matrix(companion), slot.precision, None, None,
             self.scalars.table[slot.row], self.scalars.numbers[slot.row], slot.tensor_id, grad=grad,
             grad_scale=self.scale, clip=self.clip, found_inf=self.found,
         )  # fmt: skip
