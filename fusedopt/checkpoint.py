@@ -50,7 +50,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     """One parameter's state in this optimizer's formats, on its device. Raises ValueError where it does not fit."""
     name = type(opt).__name__
     what = describe(name, index, p)
-    rule = opt.kept_rule(p, group)
+    rule = opt.kept_rule(p, group, entry)
     entry = {k: v for k, v in entry.items() if v is not None}
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]

@@ -15,7 +15,7 @@ from fusedopt.lost import LostUpdates
 from fusedopt.options import check_lr, check_nonnegative
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
-from fusedopt.projections.base import Projection, configured, states_like
+from fusedopt.projections.base import Projection, configured, places, states_like
 from fusedopt.projections.lowrank import LowRankGradients
 from fusedopt.projections.quantized import UNPROJECTED
 from fusedopt.rule import Rule
@@ -125,10 +125,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         projection = configured(p, group)
         return UNPROJECTED if projection is None and isinstance(p, Int8Weight) else projection
 
-    def kept_rule(self, p: torch.Tensor, group: dict) -> Rule:
-        """The rule whose states a parameter keeps: the class's, or what its projection makes of it."""
+    def kept_rule(self, p: torch.Tensor, group: dict, entry: dict | None = None) -> Rule:
+        """The rule whose states a parameter keeps: the class's, or what its projection makes of it. entry: its state dict,
+        None for the optimizer's."""
         rule, projection = self.rule_for(group), self.projection_for(p, group)
-        return rule if projection is None else projection.rule_for(rule)
+        entry = self.state.get(p, {}) if entry is None else entry
+        return rule if projection is None else projection.rule_in(rule, entry)
+
+    def _take_turns(self) -> None:
+        """Before a step: projections that step whole tensors in turn say which ones have states now."""
+        if not any(group["projection"] is not None and group["projection"].turns for group in self.param_groups):
+            return
+        owners = [(p, group) for group in self.param_groups for p in group["params"]]
+        for index, (projection, place) in places(self).items():
+            p, group = owners[index]
+            if projection.turns and p.requires_grad:
+                entry = self.state[p]
+                projection.turn(entry, place, group["seed"], int(entry.get("step", 0)) + 1, self.rule_for(group))
 
     # Pickling, copying and loading
 
@@ -265,6 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._low_rank is not None:
             found = self._low_rank.check_amp(scale, found)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._take_turns()
             plan = self._current_plan(params, grads)
             lost = self._lost_updates
             if lost is None:

@@ -37,7 +37,7 @@ def override(target, **options) -> None:
     if "param_precision" in options:
         get_precision(options["param_precision"])
     if "projection" in options:
-        check_projection(options["projection"])
+        check_projection(options["projection"], overriding=True)
     for tensor in target.parameters() if isinstance(target, torch.nn.Module) else [target]:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"override: expected a tensor or a module, got {type(tensor).__name__}")
@@ -48,11 +48,13 @@ def option_overrides(p: torch.Tensor) -> dict:
     return getattr(p, "_fusedopt_options", {})
 
 
-def check_projection(value) -> None:
+def check_projection(value, overriding: bool = False) -> None:
     from fusedopt.projections.base import Projection
 
     if value is not None and not isinstance(value, Projection):
         raise ValueError(f"projection={value!r} is no projection; use e.g. fusedopt.GaLore(rank=128), or None for none")
+    if value is not None and value.turns and overriding:
+        raise ValueError("override: tensors that take turns are chosen from a group. Give the projection to the group.")
 
 
 def check_state_format(value) -> None:

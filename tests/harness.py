@@ -13,6 +13,7 @@ from fusedopt.backends.reference import ReferenceBackend
 from fusedopt.formats import get_format
 from fusedopt.memory import flat
 from fusedopt.precision import get_precision, philox16
+from fusedopt.projections import Frugal
 from fusedopt.rule import get_rule
 
 RULES = (
@@ -42,6 +43,7 @@ HYPER = {
     "always_adapt": False,
     "bias_correction": True,
     "grad_averaging": True,
+    "projection": Frugal(residual_scale=0.3),  # of the stateless rule
     "lr": 0.05,
 }
 DECAY = {"adam": "decoupled", "lion": "decoupled", "lamb": "rule"}

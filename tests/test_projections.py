@@ -9,11 +9,13 @@ from oracles.apollo import Apollo
 from oracles.dct_adamw import DctAdamW
 from oracles.frugal import Frugal
 from oracles.galore import GaLore
+from oracles.lowrank import Adam
 from oracles.qgalore import QGaLore
 from projections import BETAS, DECAY, EPS, LR, SHAPES, basis_of, follow, matrix, site_of
 
 import fusedopt
 from fusedopt.projections.dct import dct_columns
+from fusedopt.projections.selection import active_blocks
 from fusedopt.projections.subspace import gaussian_projector
 
 ADAM = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
@@ -148,3 +150,36 @@ def test_other_rules_in_a_fixed_subspace(cls, options, backend):
         assert (p - want).abs().max() < 1e-5
     else:
         assert (p - want).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("residual", ("sign", "sgd", "none"))
+@pytest.mark.parametrize("order", ("ascending", "random", "mirror"))
+def test_frugal_by_whole_tensors(backend, residual, order):
+    """A tensor whose turn it is starts AdamW afresh; the others go through the stateless rule."""
+    options = {"lr": 0.01, "betas": BETAS, "eps": EPS, "weight_decay": 0.1}
+    params = [torch.nn.Parameter(torch.randn(9, 7, generator=torch.Generator().manual_seed(i))) for i in range(5)]
+    mirror = [p.detach().double().clone() for p in params]
+    projection = fusedopt.Frugal(0.4, 3, method="blocks", order=order, residual=residual, residual_scale=0.5)
+    opt = fusedopt.AdamW(
+        params, projection=projection, backend=backend_argument(backend), clip_grad_norm=1e9, **options
+    )
+    adam = {}
+    for step in range(1, 11):
+        if step % 3 == 1:
+            active = active_blocks(5, 0.4, (step - 1) // 3, order)
+            adam = {i: Adam(BETAS, EPS) for i in active}
+            assert len(active) == 2
+        for i, (p, q) in enumerate(zip(params, mirror, strict=True)):
+            g = torch.randn(9, 7, generator=torch.Generator().manual_seed(100 * step + i))
+            p.grad = g
+            u = {"sign": 0.5 * g.sign(), "sgd": 0.5 * g, "none": 0 * g}[residual].double()
+            u = adam[i].direction(g.double()) if i in active else u
+            q -= 0.01 * (u + 0.1 * q)
+        opt.step()
+        assert [i for i, p in enumerate(params) if "exp_avg" in opt.state[p]] == active
+        for p, q in zip(params, mirror, strict=True):
+            assert (p - q).abs().max() < 2e-6
+    again = fusedopt.AdamW(params, projection=projection, **options)
+    again.load_state_dict(opt.state_dict())
+    assert ["exp_avg" in again.state[p] for p in params] == ["exp_avg" in opt.state[p] for p in params]

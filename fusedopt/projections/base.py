@@ -44,6 +44,7 @@ class Projection:
 
     name: ClassVar[str]
     site: ClassVar[type]
+    turns = False  # whether tensors change their rule from time to time: `turn` is called before each step
     low_rank_gradient: ClassVar[bool] = False  # R is all that a step needs of a gradient: projected_linear takes it
 
     def describe(self) -> dict:
@@ -76,6 +77,13 @@ class Projection:
         Raises ValueError where the projection cannot step with the class's rule.
         """
         return rule
+
+    def rule_in(self, rule: Rule, entry: dict) -> Rule:
+        """rule_for, where it depends on a parameter's state dict."""
+        return self.rule_for(rule)
+
+    def turn(self, entry: dict, place: tuple[int, int], seed: int, step: int, rule: Rule) -> None:
+        """Called before a step where `turns` is set: may take states away or leave them to be made anew."""
 
     def state_like(self, p: torch.Tensor, name: str) -> torch.Tensor:
         """A tensor whose shape, dtype, device and layout a state takes; p itself for a state of full size."""

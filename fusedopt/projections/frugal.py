@@ -13,9 +13,10 @@ from fusedopt.backends.base import MatrixWork
 from fusedopt.options import check_nonnegative
 from fusedopt.projections import base
 from fusedopt.projections.galore import METHODS, BasisSite
-from fusedopt.projections.pieces import PieceLaunch, pieces_of
-from fusedopt.projections.selection import random_indices, squared_norms, top_indices
+from fusedopt.projections.pieces import FullSite, PieceLaunch, pieces_of
+from fusedopt.projections.selection import BLOCK_ORDERS, active_blocks, random_indices, squared_norms, top_indices
 from fusedopt.rule import get_rule
+from fusedopt.states import scale_names
 
 RESIDUALS = {"sign": "sign", "sgd": "gradient", "none": None}
 SELECTIONS = ("columns", "top_columns")
@@ -115,6 +116,30 @@ class SelectionSite(FrugalSite):
             out.copy_(grad).mul_(steps.multiplier(slot) * self.projection.residual_scale)
 
 
+class TurnSite(FullSite):
+    """A whole tensor, stepped by the rule while it is its turn and by the stateless rule in between."""
+
+    def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
+        super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
+        self.counting = int(entry["active"])
+
+    def rule_step(self, step):
+        return (step - 1) % self.projection.update_every + 1 if self.projection.reset else step
+
+    def bind(self, slot, steps) -> None:
+        self.pieces = self.pieces_of(slot, steps, self.shape)
+        self.launch: PieceLaunch | None = None
+
+    def after(self, grad: torch.Tensor, slot, steps) -> None:
+        if self.launch is None:
+            states = [self.stored(slot, name) for name in slot.rule.state_names]
+            self.launch = PieceLaunch(self.pieces, slot, steps.scalars, slot.row, slot.rule, Phase.FUSED, states=states,
+                                      grad_dtype=grad.dtype)  # fmt: skip
+        self.launch.use(grad, steps.scale, steps.clip, steps.found)
+        for i in range(len(self.pieces.pieces)):
+            self.launch.run(i)
+
+
 @dataclass(frozen=True)
 class Frugal(base.Projection):
     """The rule with its states in a subspace that changes now and then, a stateless rule in the rest of the gradient.
@@ -128,7 +153,9 @@ class Frugal(base.Projection):
         residual: what the rest of the gradient goes through: "sign" (signSGD), "sgd" or "none".
         residual_scale: its learning rate relative to the group's.
         method: "randomized", "svd" (dominant subspace), "random" (orthogonal), "columns" (random columns, or rows on the
-            left), "top_columns" (those with the largest gradients).
+            left), "top_columns" (those with the largest gradients), "blocks" (whole matrices take turns: round(density * their
+            number) of them have states at a time).
+        order: of the turns with method="blocks": "random", "ascending", "descending" or "mirror".
         reset: zero the states at a new subspace and restart their bias correction.
         side: as in `GaLore`.
         stagger: spread the refreshes of many matrices over the steps.
@@ -147,6 +174,7 @@ class Frugal(base.Projection):
     reset: bool = True
     side: str = "std"
     stagger: bool = True
+    order: str = "random"
 
     def __post_init__(self):
         if not 0 < self.density < 1:
@@ -157,14 +185,47 @@ class Frugal(base.Projection):
         base.check_side(self.side)
         if self.residual not in RESIDUALS:
             raise ValueError(f"Invalid residual: {self.residual!r}; it is one of {', '.join(RESIDUALS)}")
-        if self.method not in METHODS + SELECTIONS:
-            raise ValueError(
-                f"Invalid projection method: {self.method!r}; it is one of {', '.join(METHODS + SELECTIONS)}"
-            )
+        known = (*METHODS, *SELECTIONS, "blocks")
+        if self.method not in known:
+            raise ValueError(f"Invalid projection method: {self.method!r}; it is one of {', '.join(known)}")
+        if self.order not in BLOCK_ORDERS:
+            raise ValueError(f"Invalid order: {self.order!r}; it is one of {', '.join(BLOCK_ORDERS)}")
+        if self.turns and self.scale != 1:
+            raise ValueError(f"Invalid projection scale: {self.scale}; whole tensors are stepped with the group's lr")
 
     @property
     def site(self) -> type:
+        if self.turns:
+            return TurnSite
         return SelectionSite if self.method in SELECTIONS else FrugalSite
+
+    @property
+    def turns(self) -> bool:
+        return self.method == "blocks"
+
+    def refuses(self, p):
+        if self.turns:
+            return None if base.matrix_shape(p) else f"{p.dim()}-D tensors keep their states"
+        return super().refuses(p)
+
+    def rule_in(self, rule, entry):
+        return get_rule("stateless") if self.turns and not int(entry.get("active", 1)) else rule
+
+    def turn(self, entry, place, seed, step, rule):
+        period, first = divmod(step - 1, self.update_every)
+        if first == 0 or "active" not in entry:
+            index, count = place
+            active = index in active_blocks(count, self.density, period, self.order, seed)
+            if self.reset or not active:
+                for name in (kind for state in rule.state_names for kind in (state, *scale_names(state))):
+                    entry.pop(name, None)
+            entry["active"] = torch.tensor(active, dtype=torch.uint8)
+
+    def on_host(self):
+        return ("active",)
+
+    def state_like(self, p, name):
+        return p if self.turns else super().state_like(p, name)
 
     def rank_for(self, shape):
         side = shape[0] if self.side_for(shape) == "left" else shape[1]
@@ -174,6 +235,8 @@ class Frugal(base.Projection):
         return base.resolve_side(self.side, shape)
 
     def tensors(self, p):
+        if self.turns:
+            return {"active": ((), torch.uint8)}
         rows, cols = shape = base.matrix_shape(p)
         rank, left = self.rank_for(shape), self.side_for(shape) == "left"
         if self.method in SELECTIONS:
