@@ -128,8 +128,8 @@ def test_directions_into_scratch_and_numerators_from_it(backend, shape):
     numerator = Scratch(torch.full((pieces.room,), float("nan")))
     ema = PieceLaunch(pieces, slot, table, 0, average.work.rule, Phase.DIRECTION, target=numerator,
                       states=[(m, None, average.work.formats[0])])  # fmt: skip
-    adam = PieceLaunch(pieces, slot, table, 0, work.rule, Phase.FUSED,
-                       states=[(numerator, None, average.work.formats[0]), (item.states[1], item.scales[1], work.formats[1])])  # fmt: skip
+    states = [(numerator, None, average.work.formats[0]), (item.states[1], item.scales[1], work.formats[1])]
+    adam = PieceLaunch(pieces, slot, table, 0, work.rule, Phase.FUSED, states=states)
     for launch in (ema, adam):
         launch.use(item.grad, None, None, None)
     for i, piece in enumerate(pieces.pieces):

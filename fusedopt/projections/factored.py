@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from fusedopt.abi import Phase
-from fusedopt.backends import select
 from fusedopt.backends.base import MatrixWork, RowNumbers
 from fusedopt.memory import flat, is_dense
 from fusedopt.projections import base, ops
@@ -68,9 +67,7 @@ class FactoredSite(FullSite):
         self.group = steps.groups[slot.group]
         self.backend = slot.key.backend
         self.torch_form = self.group["variant"] == "torch"
-        # Without momentum a matrix is one MatrixWork. Backends without a kernel for it step pieces: the fallback copies more.
-        plain = self.layout in ("matrix", "transposed") and not self.torch_form and not slot.rule.states
-        self.one_product = plain and hasattr(select.get_backend(self.backend), "apply_matrix")
+        self.one_product = self.layout in ("matrix", "transposed") and not self.torch_form and not slot.rule.states
         self.pieces = None if self.one_product else self.pieces_of(slot, steps, self.shape)
         self.launch: PieceLaunch | None = None
 
