@@ -392,3 +392,37 @@ def test_the_loss_scale_is_taken_out(projection):
             opt.step()
         results.append(params)
     assert distance(*results) < 1e-5
+
+
+@each_projection
+def test_a_refresh_waits_for_the_first_step_that_is_not_skipped(projection):
+    """Steps that overflow are skipped on the device and counted on the host: what a device-side counter would do."""
+    params = model()
+    opt = adamw(params, projection, amp_fused=True)
+    for step in range(3):
+        set_grads(params, step)
+        opt.grad_scale, opt.found_inf = torch.ones(1), torch.zeros(1)
+        if step == 0:  # the plan of a device runs, and every launch sees the flag
+            for p in params:
+                p.grad.fill_(float("inf"))
+            with torch.no_grad():
+                plan = opt._current_plan(params, [p.grad for p in params])
+                device = plan.devices[0]
+                device.advance(opt.param_groups)
+                device.set_amp(torch.ones(1), torch.ones(1))
+                grads = [p.grad for p in params]
+                for bucket in device.buckets:
+                    bucket.set_gradients(grads, [g.data_ptr() for g in grads], device.upload)
+                device.step(grads)
+                for counter in device.counters:
+                    counter.sub_(1)
+                device.versions = [c._version for c in device.counters]
+            assert_same_bits([p.detach() for p in params], [p.detach() for p in model()])
+            continue
+        opt.step()
+    for p in params:
+        assert torch.isfinite(p).all() and all(
+            torch.isfinite(v.float()).all() for k, v in opt.state[p].items() if k != "similarities"
+        )
+    moved = [float((p - q).detach().abs().max()) for p, q in zip(params, model(), strict=True)]
+    assert min(moved) > 1e-3

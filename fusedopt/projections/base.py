@@ -183,6 +183,8 @@ class Site:
     plan; entry, the parameter's state dict; place: its index among the projected parameters and their number.
     """
 
+    owed = False  # whether a refresh has been put off
+    cold = False  # whether the refresh of this step is the first one
     takes_int8 = False  # whether it updates int8 weights (fusedopt.weights), through ops.apply or ops.step_rows
     launched = True  # whether the rule steps `projected` into `update` in the launch of directions
     plain_rule: str | None = None  # of a second scalar row, for launches over updates (slot.plain_row)
@@ -213,6 +215,14 @@ class Site:
     def due(self, step: int) -> bool:
         """Whether the projector is refreshed at a step."""
         return due(self.projection, self.place, step)
+
+    def refreshes(self, step: int, steps) -> bool:
+        """Whether the projector is refreshed now. Where a step may be skipped on the device (found_inf), a refresh asks the
+        host and is put off to the next step: a skipped step must not change it, least of all the first one."""
+        wanted = self.due(step) or self.owed
+        self.cold = step == 1 or self.owed and self.cold
+        self.owed = wanted and steps.found is not None and bool(steps.found)
+        return wanted and not self.owed
 
     def rule_step(self, step):
         """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""

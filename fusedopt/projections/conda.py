@@ -81,8 +81,11 @@ class CondaSite(FullSite):
         old = torch.where(basis.any(), basis, unit)
         basis.copy_(torch.where(usable, full_basis(sane, self.side, self.projection.method).to(basis.dtype), old))
 
+    def due(self, step: int) -> bool:
+        return (step - 1) % self.projection.update_every == 0
+
     def after(self, grad, slot, steps) -> None:
-        wide, due = self.side == "left", (steps.step_of(slot) - 1) % self.projection.update_every == 0
+        wide, due = self.side == "left", self.refreshes(steps.step_of(slot), steps)
         whole = steps.scratch(0, self.full_room, self.dtype, full=True).view(self.shape) if wide else None
         if self.launches is None:
             self._make_launches(slot, steps, grad.dtype, whole)

@@ -34,9 +34,9 @@ class DctSite(base.Site):
     def select(self, grad, step: int, slot) -> None:
         """New columns, and the states carried over to them: what leaves the selection is forgotten."""
         kept = self.entry["indices"]
-        old = None if step == 1 else kept.long()
+        old = None if self.cold else kept.long()
         new = select_columns(grad, None, self.rank, self.side, self.projection.norm, old)
-        if step > 1 and self.projection.rotate:
+        if not self.cold and self.projection.rotate:
             source, same = match_indices(old, new)
             base.change_states(slot, self.projected, lambda x: carry_state(x, source, same, self.side))
         kept.copy_(new)
@@ -44,7 +44,7 @@ class DctSite(base.Site):
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         if self.feedback is not None:
             self.feedback.begin(grad, steps)
-        if self.due(step):
+        if self.refreshes(step, steps):
             self.select(grad if self.feedback is None else self.feedback, step, slot)
         n = self.shape[0] if self.side == "left" else self.shape[1]
         basis = dct_columns(n, self.entry["indices"].long(), self.basis_dtype)

@@ -40,7 +40,7 @@ class FrugalSite(BasisSite):
         return step if since < 0 else restarted
 
     def refreshed(self, slot, step: int) -> None:
-        if self.projection.reset and step > 1:
+        if self.projection.reset and not self.cold:
             base.reset_states(slot)
 
     def work(self, base: MatrixWork) -> MatrixWork:
@@ -70,13 +70,13 @@ class SelectionSite(FrugalSite):
             norms = squared_norms(grad, self.side)
             total, chosen = norms.sum(), top_indices(norms, self.rank)
             useful = torch.isfinite(total) & (total > 0)
-            return chosen if step == 1 else torch.where(useful, chosen, self.entry["indices"].long())
+            return chosen if self.cold else torch.where(useful, chosen, self.entry["indices"].long())
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
         return random_indices(self.shape[self.along], self.rank, device=grad.device, **keys)
 
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         indices = self.entry["indices"]
-        if self.due(step):
+        if self.refreshes(step, steps):
             indices.copy_(self.fresh_indices(grad, step))
             self.refreshed(slot, step)
         self.projected.copy_(grad.index_select(self.along, indices.long()))

@@ -35,7 +35,7 @@ class BasisSite(base.Site):
     def fresh_basis(self, grad: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The new basis and, where it is a by-product, the projected gradient. A gradient that is all zero or not finite
         leaves the old one."""
-        method, old = self.projection.method, None if step == 1 else self.old_basis()
+        method, old = self.projection.method, None if self.cold else self.old_basis()
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
         if method == "random":
             return random_basis(self.shape, self.rank, self.side, device=grad.device, **keys), None
@@ -44,7 +44,7 @@ class BasisSite(base.Site):
         return refresh_basis(grad, self.rank, self.side, old, **keys)
 
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
-        if self.due(step):
+        if self.refreshes(step, steps):
             basis, projected = self.fresh_basis(grad, step)
             self.set_basis(basis)
             self.refreshed(slot, step)

@@ -35,7 +35,6 @@ class QGaLoreSite(BasisSite):
     kept_exactly = False
 
     def due(self, step: int) -> bool:
-        self.step = step
         schedule = self.entry["schedule"]  # steps between refreshes, whether a similarity is unread
         if schedule[1]:
             self._read(schedule)
@@ -54,11 +53,11 @@ class QGaLoreSite(BasisSite):
         return dequantize_affine(self.basis(), self.basis_dtype)
 
     def set_basis(self, basis: torch.Tensor) -> None:
-        same = self.step > 1 and (basis.to(self.basis_dtype) == self.old_basis()).all()  # the gradient was no use
+        same = not self.cold and (basis.to(self.basis_dtype) == self.old_basis()).all()  # the gradient was no use
         packed = quantize_affine(basis, group=GROUP)
         leading = (basis[:, 0] if self.side == "left" else basis[0]).to(self.basis_dtype)
         before, recent = self.entry["leading_vector"], self.entry["similarities"]
-        if self.step == 1:
+        if self.cold:
             recent.fill_(float("nan"))
         else:
             cosine = torch.nn.functional.cosine_similarity(before.float(), leading.float(), dim=0)
@@ -69,7 +68,7 @@ class QGaLoreSite(BasisSite):
         }
         for name, values in new.items():
             kept = self.entry[name]
-            kept.copy_(values if self.step == 1 else torch.where(same, kept, values))
+            kept.copy_(values if self.cold else torch.where(same, kept, values))
 
 
 @dataclass(frozen=True)

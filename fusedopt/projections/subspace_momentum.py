@@ -65,11 +65,11 @@ class SubspaceMomentumSite(FullSite):
         self.moment = None if size is None else SubsetMoment(size, self.shape)
         self.launches: tuple[PieceLaunch, PieceLaunch] | None = None
 
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
         return step == 1 or step % self.projection.update_every == 0
 
     def _fresh(self, grad: torch.Tensor, step: int) -> torch.Tensor:
-        method, side, old = self.projection.method, self.side, None if step == 1 else self.entry["projector"]
+        method, side, old = self.projection.method, self.side, None if self.cold else self.entry["projector"]
         if method == "svd":
             return svd_basis(grad, self.rank, side, old)
         if method == "randomized":
@@ -94,10 +94,10 @@ class SubspaceMomentumSite(FullSite):
     def before(self, grad, step, slot, steps) -> None:
         self.backend = slot.key.backend
         projection, basis = self.projection, self.entry["projector"]
-        refresh = self._due(step)
+        refresh = self.refreshes(step, steps)
         if refresh:
             basis.copy_(self._fresh(grad, step))
-            if step > 1 and not projection.official_refresh:
+            if not self.cold and not projection.official_refresh:
                 self._clear(slot, steps.found)
         ops.project(self.backend, grad, basis, self.side, self.low_rank)
         if self.launches is None:
@@ -106,7 +106,7 @@ class SubspaceMomentumSite(FullSite):
         average.use(self.low_rank, steps.scale, steps.clip, steps.found)
         for i in range(len(average.works)):
             average.run(i)
-        if refresh and step > 1 and projection.official_refresh:
+        if refresh and not self.cold and projection.official_refresh:
             self._clear(slot, steps.found)
 
     def _make_launches(self, slot, steps, grad_dtype: torch.dtype) -> None:
