@@ -299,6 +299,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._low_rank is not None:
             self._low_rank.zero(set_to_none)
 
+    def refresh_projections(self) -> None:
+        """Makes the next step refresh the subspace of every projected parameter, whatever its schedule says.
+
+        For CUDA graphs: a captured step refreshes nothing, and replays do not count for the schedule. Run an ordinary step
+        after this from time to time.
+        """
+        for slot in () if self._plan is None else self._plan.slots:
+            if slot.site is not None:
+                slot.site.owed = True
+
     def _accelerator_check(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         check = check or getattr(self, "_cuda_graph_capture_health_check", None)

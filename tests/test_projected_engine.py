@@ -426,3 +426,13 @@ def test_a_refresh_waits_for_the_first_step_that_is_not_skipped(projection):
         )
     moved = [float((p - q).detach().abs().max()) for p, q in zip(params, model(), strict=True)]
     assert min(moved) > 1e-3
+
+
+def test_refreshes_on_demand():
+    params = [torch.nn.Parameter(torch.randn(24, 20)) for _ in range(2)]
+    opt = adamw(params, fusedopt.GaLore(4, 100, method="random", stagger=False))
+    assert refreshes(opt, params, 3) == [[0, 1], [], []]
+    last = [opt.state[p]["projector"].clone() for p in params]
+    opt.refresh_projections()
+    train(opt, params, 3, 4)
+    assert not any(torch.equal(opt.state[p]["projector"], old) for p, old in zip(params, last, strict=True))

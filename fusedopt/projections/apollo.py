@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from fusedopt.options import check_nonnegative
 from fusedopt.projections import base, ops
 from fusedopt.projections.subspace import gaussian_projector
 
@@ -61,7 +60,7 @@ class ApolloSite(base.Site):
 
 
 @dataclass(frozen=True)
-class Apollo(base.Projection):
+class Apollo(base.Subspace):
     """Scales the gradient itself, per channel or per tensor, by how the rule changes norms in a random low-rank space.
 
     W <- W - lr sqrt(scale) G s / limiter, with s = |U_j| / |R_j| for the columns j of R = P^T G and the rule's direction U (or
@@ -84,28 +83,14 @@ class Apollo(base.Projection):
     site: ClassVar[type] = ApolloSite
 
     rank: int = 256
-    update_every: int = 200
-    scale: float = 1.0
     scope: str = "channel"
     norm_growth: float | None = 1.01
-    side: str = "std"
-    stagger: bool = True
 
     def __post_init__(self):
-        base.check_positive_int(self.rank, "rank")
-        base.check_positive_int(self.update_every, "update_every")
-        check_nonnegative(self.scale, "projection scale")
-        base.check_side(self.side)
-        if self.scope not in SCOPES:
-            raise ValueError(f"Invalid APOLLO scope: {self.scope!r}; it is one of {', '.join(SCOPES)}")
+        super().__post_init__()
+        base.check_choice(self.scope, "APOLLO scope", SCOPES)
         if self.norm_growth is not None and self.norm_growth < 1:
             raise ValueError(f"Invalid norm_growth: {self.norm_growth}; it is at least 1, or None for no limit")
-
-    def rank_for(self, shape):
-        return min(self.rank, *shape)
-
-    def side_for(self, shape):
-        return base.resolve_side(self.side, shape)
 
     def tensors(self, p):
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ import torch
 
 from fusedopt.backends.base import MatrixWork
 from fusedopt.memory import flat, is_dense
+from fusedopt.options import check_nonnegative
 from fusedopt.projections import ops
 from fusedopt.rule import Rule
 from fusedopt.states import option_overrides
@@ -98,6 +99,43 @@ class Projection:
         return ()
 
 
+@dataclass(frozen=True)
+class Subspace(Projection):
+    """A projection onto `rank` dimensions of one side of a matrix, with what all of them share."""
+
+    rank: int = 128
+    update_every: int = 200
+    scale: float = 1.0
+    side: str = "std"
+    stagger: bool = True
+
+    def __post_init__(self):
+        check_positive_int(self.rank, "rank")
+        check_schedule(self)
+
+    def rank_for(self, shape):
+        return min(self.rank, *shape)
+
+    def side_for(self, shape):
+        return resolve_side(self.side, shape)
+
+
+def check_schedule(projection) -> None:
+    """Raises ValueError for update_every, scale or side out of range."""
+    check_positive_int(projection.update_every, "update_every")
+    check_nonnegative(projection.scale, "projection scale")
+    check_choice(projection.side, "projection side", SIDES)
+
+
+def check_choice(value, what: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"Invalid {what}: {value!r}; it is one of {', '.join(map(str, known))}")
+
+
+def basis_shape(shape: tuple[int, int], rank: int, side: str) -> tuple[int, int]:
+    return (shape[0], rank) if side == "left" else (rank, shape[1])
+
+
 def configured(p: torch.Tensor, group: dict) -> Projection | None:
     """The projection that steps a parameter: its override, else the group's, where it takes the tensor."""
     chosen = option_overrides(p).get("projection", group.get("projection"))
@@ -119,11 +157,6 @@ def states_like(p: torch.Tensor, projection: Projection | None, rule: Rule) -> l
 def basis_dtype(p: torch.Tensor) -> torch.dtype:
     """Projectors are bf16 for bf16 parameters; fp16 would overflow under a loss scale."""
     return p.dtype if p.dtype in (torch.bfloat16, torch.float64) else torch.float32
-
-
-def check_side(side: str) -> None:
-    if side not in SIDES:
-        raise ValueError(f"Invalid projection side: {side!r}; it is one of {', '.join(SIDES)}")
 
 
 def resolve_side(side: str, shape: tuple[int, int]) -> str:
@@ -218,9 +251,18 @@ class Site:
 
     def refreshes(self, step: int, steps) -> bool:
         """Whether the projector is refreshed now. Where a step may be skipped on the device (found_inf), a refresh asks the
-        host and is put off to the next step: a skipped step must not change it, least of all the first one."""
+        host and is put off to the next step: a skipped step must not change it, least of all the first one. A captured step
+        refreshes nothing: refreshes ask the host."""
         wanted = self.due(step) or self.owed
         self.cold = step == 1 or self.owed and self.cold
+        if self.update.is_cuda and torch.cuda.is_current_stream_capturing():
+            if self.cold:
+                raise RuntimeError(
+                    f"parameter {self.tensor_id} (shape {self.shape}) has no projector yet, and a CUDA graph cannot make it: "
+                    "run one step before the capture"
+                )
+            self.owed = wanted
+            return False
         self.owed = wanted and steps.found is not None and bool(steps.found)
         return wanted and not self.owed
 

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from fusedopt.backends.base import MatrixWork
-from fusedopt.options import check_nonnegative
 from fusedopt.projections import base, ops
 from fusedopt.projections.dct import carry_state, dct_columns, match_indices, select_columns
 from fusedopt.projections.feedback import BITS, ErrorFeedback, error_tensors
@@ -63,7 +62,7 @@ class DctSite(base.Site):
 
 
 @dataclass(frozen=True)
-class DCT(base.Projection):
+class DCT(base.Subspace):
     """Steps matrices in the span of `rank` columns of the orthonormal cosine basis: no singular value decomposition, and
     4 bytes per column of state instead of a projector.
 
@@ -87,28 +86,14 @@ class DCT(base.Projection):
 
     rank: int = 256
     update_every: int = 1
-    scale: float = 1.0
     norm: int = 1
     rotate: bool = True
     error_feedback: str | None = None
-    side: str = "std"
-    stagger: bool = True
 
     def __post_init__(self):
-        base.check_positive_int(self.rank, "rank")
-        base.check_positive_int(self.update_every, "update_every")
-        check_nonnegative(self.scale, "projection scale")
-        base.check_side(self.side)
-        if self.norm not in (1, 2):
-            raise ValueError(f"Invalid norm: {self.norm!r}; it is 1 or 2")
-        if self.error_feedback is not None and self.error_feedback not in BITS:
-            raise ValueError(f"Invalid error_feedback: {self.error_feedback!r}; it is None or one of {', '.join(BITS)}")
-
-    def rank_for(self, shape):
-        return min(self.rank, *shape)
-
-    def side_for(self, shape):
-        return base.resolve_side(self.side, shape)
+        super().__post_init__()
+        base.check_choice(self.norm, "norm", (1, 2))
+        base.check_choice(self.error_feedback, "error_feedback", (None, *BITS))
 
     def tensors(self, p):
         shape = base.matrix_shape(p)

@@ -179,17 +179,11 @@ class Frugal(base.Projection):
     def __post_init__(self):
         if not 0 < self.density < 1:
             raise ValueError(f"Invalid density: {self.density}; it is between 0 and 1")
-        base.check_positive_int(self.update_every, "update_every")
-        check_nonnegative(self.scale, "projection scale")
+        base.check_schedule(self)
         check_nonnegative(self.residual_scale, "residual_scale")
-        base.check_side(self.side)
-        if self.residual not in RESIDUALS:
-            raise ValueError(f"Invalid residual: {self.residual!r}; it is one of {', '.join(RESIDUALS)}")
-        known = (*METHODS, *SELECTIONS, "blocks")
-        if self.method not in known:
-            raise ValueError(f"Invalid projection method: {self.method!r}; it is one of {', '.join(known)}")
-        if self.order not in BLOCK_ORDERS:
-            raise ValueError(f"Invalid order: {self.order!r}; it is one of {', '.join(BLOCK_ORDERS)}")
+        base.check_choice(self.residual, "residual", RESIDUALS)
+        base.check_choice(self.method, "projection method", (*METHODS, *SELECTIONS, "blocks"))
+        base.check_choice(self.order, "order", BLOCK_ORDERS)
         if self.turns and self.scale != 1:
             raise ValueError(f"Invalid projection scale: {self.scale}; whole tensors are stepped with the group's lr")
 
@@ -237,8 +231,8 @@ class Frugal(base.Projection):
     def tensors(self, p):
         if self.turns:
             return {"active": ((), torch.uint8)}
-        rows, cols = shape = base.matrix_shape(p)
-        rank, left = self.rank_for(shape), self.side_for(shape) == "left"
+        shape = base.matrix_shape(p)
+        rank = self.rank_for(shape)
         if self.method in SELECTIONS:
             return {"indices": ((rank,), torch.int32)}
-        return {"projector": ((rows, rank) if left else (rank, cols), base.basis_dtype(p))}
+        return {"projector": (base.basis_shape(shape, rank, self.side_for(shape)), base.basis_dtype(p))}

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from fusedopt.backends.base import MatrixWork
-from fusedopt.options import check_nonnegative
 from fusedopt.projections import base, ops
 from fusedopt.projections.subspace import random_basis, refresh_basis, svd_basis
 
@@ -73,7 +72,7 @@ class BasisSite(base.Site):
 
 
 @dataclass(frozen=True)
-class GaLore(base.Projection):
+class GaLore(base.Subspace):
     """Steps matrices in a low-rank subspace of their gradients, refreshed now and then; states have the subspace's shape.
 
     Args:
@@ -82,8 +81,8 @@ class GaLore(base.Projection):
         scale: of the projected-back update (the paper's alpha).
         side: "std" projects the larger side of a matrix away ("right" for rows >= cols), "reverse_std" the other,
             "left" and "right" always that one.
-        method: "randomized" (range finder of Halko et al. 2011 with warm start), "svd" (full, the paper's) or "random".
         stagger: spread the refreshes of many matrices over the steps instead of refreshing all at once.
+        method: "randomized" (range finder of Halko et al. 2011 with warm start), "svd" (full, the paper's) or "random".
 
     Weight decay acts on the full matrix and must be decoupled. Raises ValueError for options out of range.
     Source: arXiv 2403.03507, algorithm 2. The states are neither reset nor rotated at a refresh, as there.
@@ -93,29 +92,14 @@ class GaLore(base.Projection):
     site: ClassVar[type] = BasisSite
     low_rank_gradient: ClassVar[bool] = True
 
-    rank: int = 128
-    update_every: int = 200
     scale: float = 0.25
-    side: str = "std"
     method: str = "randomized"
-    stagger: bool = True
 
     def __post_init__(self):
-        base.check_positive_int(self.rank, "rank")
-        base.check_positive_int(self.update_every, "update_every")
-        check_nonnegative(self.scale, "projection scale")
-        base.check_side(self.side)
-        if self.method not in METHODS:
-            raise ValueError(f"Invalid projection method: {self.method!r}; it is one of {', '.join(METHODS)}")
-
-    def rank_for(self, shape):
-        return min(self.rank, *shape)
-
-    def side_for(self, shape):
-        return base.resolve_side(self.side, shape)
+        super().__post_init__()
+        base.check_choice(self.method, "projection method", METHODS)
 
     def tensors(self, p):
-        rows, cols = shape = base.matrix_shape(p)
-        rank = self.rank_for(shape)
-        basis = (rows, rank) if self.side_for(shape) == "left" else (rank, cols)
+        shape = base.matrix_shape(p)
+        basis = base.basis_shape(shape, self.rank_for(shape), self.side_for(shape))
         return {"projector": (basis, base.basis_dtype(p))}

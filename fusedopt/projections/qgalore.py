@@ -29,8 +29,7 @@ class QGaLoreSite(BasisSite):
 
     def basis(self) -> Int4Matrix:
         parts = (self.entry[f"projector_{name}"] for name in ("codes", "scale", "zero"))
-        shape = (self.shape[0], self.rank) if self.side == "left" else (self.rank, self.shape[1])
-        return Int4Matrix(*parts, shape, GROUP)
+        return Int4Matrix(*parts, base.basis_shape(self.shape, self.rank, self.side), GROUP)
 
     kept_exactly = False
 
@@ -101,15 +100,16 @@ class QGaLore(GaLore):
         return ("schedule",)
 
     def tensors(self, p):
-        rows, cols = shape = base.matrix_shape(p)
-        rank, left = self.rank_for(shape), self.side_for(shape) == "left"
-        size = (rows if left else cols) * rank
+        shape = base.matrix_shape(p)
+        rank, side = self.rank_for(shape), self.side_for(shape)
+        length = shape[0] if side == "left" else shape[1]
+        size = length * rank
         groups = -(-size // GROUP)
         return {
             "projector_codes": ((-(-size // 2),), torch.uint8),
             "projector_scale": ((groups,), torch.float32),
             "projector_zero": ((groups,), torch.uint8),
-            "leading_vector": ((rows if left else cols,), base.basis_dtype(p)),
+            "leading_vector": ((length,), base.basis_dtype(p)),
             "similarities": ((self.queue,), torch.float32),
             "schedule": ((2,), torch.int64),
         }

@@ -183,11 +183,10 @@ class SubspaceMomentum(base.Projection):
     def __post_init__(self):
         base.check_positive_int(self.rank, "rank")
         base.check_positive_int(self.update_every, "update_every")
-        base.check_side(self.side)
+        base.check_choice(self.side, "projection side", base.SIDES)
+        base.check_choice(self.method, "projection method", METHODS)
         if self.subset_size is not None:
             check_subset_size(self.subset_size)
-        if self.method not in METHODS:
-            raise ValueError(f"Invalid projection method: {self.method!r}; it is one of {', '.join(METHODS)}")
 
     def rank_for(self, shape):
         return min(self.rank, *shape)

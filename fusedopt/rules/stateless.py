@@ -24,4 +24,6 @@ def direction(g, p, c):
     return tl.load(c) * sign + tl.load(c + 1) * g
 
 
-STATELESS = register(Rule("stateless", (), ("sign_weight", "value_weight"), scalars, reference, direction, internal=True))
+STATELESS = register(
+    Rule("stateless", (), ("sign_weight", "value_weight"), scalars, reference, direction, internal=True)
+)
