@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import lru_cache
 
 import torch
 
@@ -26,16 +27,24 @@ def dct_basis(n: int, device="cpu", dtype: torch.dtype = torch.float32) -> torch
     return Q
 
 
+@lru_cache(maxsize=64)
+def _waves(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """sqrt(2 / n) cos(pi k / (2 n)) for k = 0 ... 4 n - 1: every entry of Q but row 0 is one of them."""
+    angle = torch.arange(4 * n, dtype=torch.float64, device=device) * (math.pi / (2 * n))
+    return (torch.cos(angle) * math.sqrt(2 / n)).to(dtype)
+
+
 def dct_columns(n: int, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Q[:, index] [n, len(index)] without Q."""
-    i = torch.arange(n, dtype=torch.int64, device=index.device)
+    """Q[:, index] [n, len(index)] without Q: gathered from one period of the cosine, some rows at a time."""
+    waves = _waves(n, index.device, dtype)
+    small = torch.int32 if 2 * n * n < 2**31 else torch.int64
+    odd = (2 * index + 1).to(small)
     out = torch.empty(n, len(index), dtype=dtype, device=index.device)
-    for start in range(0, n, 256):  # fp64 temporaries of 256 rows
-        rows = i[start : start + 256]
-        turn = rows[:, None] * (2 * index.long() + 1) % (4 * n)  # an exact angle: cos of a large one loses digits
-        wave = torch.cos(turn.double() * (math.pi / (2 * n))) * math.sqrt(2 / n)
-        wave[rows == 0] *= math.sqrt(0.5)
-        out[start : start + 256] = wave
+    for start in range(0, n, 1024):
+        rows = torch.arange(start, min(start + 1024, n), dtype=small, device=index.device)
+        turn = (rows[:, None] * odd).remainder_(4 * n)
+        torch.index_select(waves, 0, turn.view(-1), out=out[start : start + len(rows)].view(-1))
+    out[0] *= math.sqrt(0.5)
     return out
 
 

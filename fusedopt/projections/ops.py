@@ -45,7 +45,7 @@ def project(backend: str, grad: torch.Tensor, basis: torch.Tensor | Int4Matrix, 
         return
     rows, cols = grad.shape
     basis = basis.to(out.dtype)
-    block = max(1, min(rows, (1 << 18) // cols))
+    block = max(1, min(rows, (1 << (22 if grad.is_cuda else 18)) // cols))
     if side == "left":
         out.zero_()
     for first in range(0, rows, block):
