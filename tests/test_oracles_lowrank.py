@@ -1,10 +1,5 @@
 """The low-rank transcriptions of tests/oracles against packages, and, where there is none, against what they reduce to."""
 
-import contextlib
-import importlib
-import sys
-import types
-
 import pytest
 import torch
 from oracles.adafactor import Adafactor, TorchAdafactor
@@ -15,6 +10,7 @@ from oracles.dct_adamw import DctAdamW, dct_matrix, quantize_rows
 from oracles.frugal import Frugal
 from oracles.galore import GaLore
 from oracles.lowrank import side_of, svd_basis
+from oracles.packages import galore_torch
 from oracles.subset_norm import SubsetNorm, subset_size
 from oracles.subspace_momentum import SubspaceMomentum
 
@@ -81,19 +77,6 @@ def test_torch_adafactor(options, shape):
 
 
 # GaLore
-
-
-def galore_torch():
-    """galore_torch imports a version check from transformers, which it does not need; bitsandbytes for its 8-bit class."""
-    pytest.importorskip("bitsandbytes", exc_type=ImportError)
-    with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec("transformers") is None:
-            names = ("transformers", "transformers.utils", "transformers.utils.versions")
-            for name in names:
-                sys.modules[name] = types.ModuleType(name)
-                stack.callback(sys.modules.pop, name)
-            sys.modules[names[-1]].require_version = lambda *_: None
-        return pytest.importorskip("galore_torch", exc_type=ImportError)
 
 
 GALORE = [{}, {"weight_decay": 0.1, "eps": 1e-3}, {"betas": (0.5, 0.7), "lr": 0.02}]
