@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from fusedopt.formats import ALIASES, get_format, list_formats
-from fusedopt.projections import get_projection, list_projections
+from fusedopt.projections import Projection, get_projection, list_projections
 from fusedopt.rule import optimizers
 
 SUFFIXES = {"": None, "8bit": "8bit", "4bit": "4bit", **{f"_{name}": name for name in list_formats()}}
@@ -48,12 +48,17 @@ def _prefix(name: str) -> str | None:
     return max(found, key=len, default=None)
 
 
-def take_projection(name: str, options: dict):
-    """The projection that a name asks for, or None. Its options (rank, update_every, ...) are taken out of `options`."""
+def projection_of(name: str) -> type[Projection] | None:
+    """The projection class that a name asks for, or None."""
     prefix = _prefix(_in_full(name))
-    if prefix is None:
+    return None if prefix is None else get_projection(prefix)
+
+
+def take_projection(name: str, options: dict) -> Projection | None:
+    """The projection that a name asks for, or None. Its options (rank, update_every, ...) are taken out of `options`."""
+    cls = projection_of(name)
+    if cls is None:
         return None
-    cls = get_projection(prefix)
     names = [f.name for f in fields(cls) if f.name in options]
     return cls(**{key: options.pop(key) for key in names})
 
@@ -83,15 +88,21 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
         options["projection"] = projection
     params = params_or_model
     if isinstance(params, torch.nn.Module):
-        params = _groups(params, projection)
+        tables = embedding_ids(params)
+        params = [p for p in params.parameters() if p.requires_grad]
+        if projection is not None:
+            params = leave_out(params, tables, {"projection": None})
     return optimizers()[base](params, **options)
 
 
-def _groups(model: torch.nn.Module, projection) -> list:
-    """The trainable parameters of a model; with a projection, those of embeddings in a group without it."""
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
-    mine = [p for p in model.parameters() if p.requires_grad]
-    plain = [p for p in mine if id(p) in embedded]
-    if projection is None or not plain:
-        return mine
-    return [{"params": [p for p in mine if id(p) not in embedded]}, {"params": plain, "projection": None}]
+def embedding_ids(model: torch.nn.Module) -> set[int]:
+    """The ids of a model's embedding tables: parameters that `create` does not project, also where a head shares them."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+
+
+def leave_out(params: list, ids: set[int], options: dict) -> list:
+    """Parameters as groups: those of `ids` in one of their own, with options; the list itself where there are none of them."""
+    kept, left = ([p for p in params if (id(p) in ids) == chosen] for chosen in (False, True))
+    if not left:
+        return params
+    return [group for group in ({"params": kept}, {"params": left, **options}) if group["params"]]

@@ -116,6 +116,8 @@ def test_help(command, capsys):
         (["demo", "--device", "warp"], "--device warp"),
         (["demo", "--width", "30", "--heads", "4"], "multiple"),
         (["demo", "--out", "/nowhere/x.png"], "no folder"),
+        (["demo", "--no-plot", "--optim", "galore_adamw", "--width", "32", "--layers", "1"], "smaller --rank"),
+        (["demo", "--no-plot", "--optim", "conda_lion", "--width", "32", "--layers", "1"], "conda_lion: "),
     ],
 )
 def test_errors_say_what_to_do(arguments, expected, capsys):
@@ -375,6 +377,54 @@ def test_demo_without_matplotlib_and_tqdm(text, tmp_path, capsys, monkeypatch):
     assert main(["demo", "--text", text, "--optim", "lion", "--out", str(tmp_path / "x.png"), *TINY]) == 0
     printed = capsys.readouterr()
     assert demo.INSTALL in printed.out and "3/3" in printed.err
+
+
+def test_demo_with_projections(text, capsys, monkeypatch):
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
+    names = ["galore_adamw8bit", "apollo_mini_adamw", "galore_lion"]
+    options = ["--optim", ",".join(names), "--rank", "8", "--update-every", "2", "--no-plot", "--json", "-"]
+    assert main(["demo", "--text", text, *options, *TINY]) == 0
+    found = json.loads(capsys.readouterr().out)
+    runs = {r["name"]: r for r in found["runs"]}
+    labels = ["torch AdamW", "GaLore AdamW int8", "ApolloMini AdamW fp32", "GaLore Lion fp32"]
+    assert [r["label"] for r in found["runs"]] == labels and found["setup"]["rank"] == 8
+    assert len({r["losses"][0] for r in runs.values()}) == 1
+    full, shapes = 2 * 256 * 32 + 17 * 32 - 32 + 3 * 32, ((96, 32), (32, 32), (128, 32), (32, 128))
+    low_rank, projectors = sum(8 * max(shape) for shape in shapes), 8 * 32 * len(shapes)
+    assert runs["galore_lion"]["state_bytes"] == 4 * (full + low_rank + projectors)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["galore_adamw", "subset_norm_adamw", "conda_adamw", "dct_adamw", "apollo_mini_adamw"])
+def test_the_demo_projects_the_matrices_of_blocks(name, tied):
+    setup = training.Setup(
+        None, torch.device("cpu"), 1, width=32, layers=2, heads=2, context=16, rank=8, update_every=3
+    )
+    model = setup.model()
+    if tied:
+        model.head.weight = model.bytes.weight
+    opt = training.build_optimizer(name, model, setup)
+    owners = [(p, group) for group in opt.param_groups for p in group["params"]]
+    assert {id(p) for p, _ in owners} == {id(p) for p in model.parameters()}
+    projected = {id(p) for p, group in owners if opt.projection_for(p, group) is not None}
+    assert projected == {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    (blocks,) = (group for group in opt.param_groups if id(group["params"][0]) in projected)
+    others = [group for group in opt.param_groups if group is not blocks]
+    method = blocks["projection"]
+    ratio = training.PROJECTED.get(method.name, {}).get("ratio", 1.0)
+    assert all(group["lr"] == 1e-3 for group in others) and blocks["lr"] == ratio * 1e-3
+    assert sorted(g["weight_decay"] * g["lr"] for g in opt.param_groups) == pytest.approx([0.0, 1e-4, 1e-4])
+    assert getattr(method, "rank", 8) == (1 if method.name == "apollo_mini" else 8)
+    assert getattr(method, "update_every", 3) == (1 if method.name == "dct" else 3)
+
+
+def test_a_ratio_and_options_replace_the_recipe():
+    setup = training.Setup(None, torch.device("cpu"), 1, width=32, layers=1, heads=2, context=16, rank=8)
+    opt = training.build_optimizer("galore_adamw", setup.model(), setup, ratio=3.0, method="svd", scale=0.5)
+    blocks = opt.param_groups[0]
+    assert (blocks["projection"].method, blocks["projection"].scale, blocks["lr"]) == ("svd", 0.5, 3e-3)
+    opt = training.build_optimizer(training.TORCH, setup.model(), setup, ratio=2.0)
+    assert [group["lr"] for group in opt.param_groups] == [2e-3, 1e-3, 1e-3]
 
 
 def test_corpus_holds_out_files(tmp_path):

@@ -5,6 +5,7 @@ bytes of optimizer state per parameter, step times and memory, and draws the los
 
   python -m fusedopt demo
   python -m fusedopt demo --text my_notes/ --optim adamw8bit,lamb --steps 500
+  python -m fusedopt demo --optim galore_adamw8bit,apollo_adamw --rank 32
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from fusedopt.cli import DTYPES, UsageError, dtype_name, split_names, write_json
 from fusedopt.cli.corpus import load
 from fusedopt.cli.table import render
-from fusedopt.cli.training import TORCH, Run, Setup, train
+from fusedopt.cli.training import TORCH, Run, Setup, build_optimizer, train
 from fusedopt.precision import get_precision, list_precisions
 
 DEFAULT_OPTIMIZERS = ["adamw", "adamw8bit", "lion8bit"]
@@ -46,13 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list_precisions(),
         help="how fusedopt rounds 16-bit weights (default: stochastic for 16-bit weights)",
     )
-    model = parser.add_argument_group("model and batch")
+    model = parser.add_argument_group("model, batch and projections")
     for name, value, text in (
         ("width", Setup.width, "model width"),
         ("layers", Setup.layers, "layers"),
         ("heads", Setup.heads, "attention heads"),
         ("context", Setup.context, "bytes of context"),
         ("batch", Setup.batch, "windows in a batch"),
+        ("rank", Setup.rank, "rank of projections such as galore_"),
+        ("update-every", Setup.update_every, "steps between their refreshes"),
     ):
         model.add_argument(f"--{name}", type=_positive, default=value, metavar="N", help=f"{text} ({value})")
 
@@ -90,8 +93,10 @@ def run(args: argparse.Namespace) -> int:
         get_precision(precision).for_dtype(dtype)
     except ValueError as error:
         raise UsageError(f"--param-precision {precision} --dtype {args.dtype}: {error}") from None
-    shape = {key: getattr(args, key) for key in ("steps", "batch", "context", "width", "layers", "heads", "seed")}
+    keys = ("steps", "batch", "context", "width", "layers", "heads", "seed", "rank", "update_every")
+    shape = {key: getattr(args, key) for key in keys}
     setup = Setup(load(args.text, args.context), device, dtype=dtype, param_precision=precision, **shape)
+    _check(names, setup)
     quiet = args.json == "-"
     if not quiet:
         print(_heading(setup), flush=True)
@@ -109,6 +114,13 @@ def run(args: argparse.Namespace) -> int:
         if not quiet:
             print(message)
     return 0
+
+
+def _check(names: list[str], setup: Setup) -> None:
+    """Builds every optimizer, so that what is refused is said before the first run."""
+    model = setup.model()
+    for name in names:
+        build_optimizer(name, model, setup)
 
 
 def _heading(setup: Setup) -> str:

@@ -24,7 +24,7 @@ import fusedopt
 from fusedopt.cli import DTYPES, UsageError, dtype_name, split_names, write_json
 from fusedopt.cli.hf_config import Table, read_config
 from fusedopt.cli.table import render
-from fusedopt.factory import parse_name, take_projection
+from fusedopt.factory import embedding_ids, leave_out, parse_name, take_projection
 from fusedopt.masters import configured_precision
 from fusedopt.precision import COMPANIONS, list_precisions
 from fusedopt.projections.base import places
@@ -107,8 +107,7 @@ def from_module(target: str, dtype: torch.dtype | None) -> Model:
     if not isinstance(found, torch.nn.Module):
         raise UsageError(f"--model {target}: expected a torch.nn.Module, got {type(found).__name__}")
     model = Model(target, [], [])
-    embeddings = [m for m in found.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
-    tables = {id(m.weight) for m in embeddings}
+    tables = embedding_ids(found)
     for p in found.parameters():
         copy = _meta(p.shape, dtype or p.dtype)
         if id(p) in tables:
@@ -132,11 +131,8 @@ def _groups(name: str, model: Model, options: dict) -> list:
     if "rank" in left:  # the name's projection has none, or it has no projection
         del options["rank"]
     if projection is None:
-        return [{"params": model.trained}]
-    tables = {id(p) for p in model.tables}
-    matrices, plain = ([p for p in model.trained if (id(p) in tables) == table] for table in (False, True))
-    groups = [{"params": matrices}, {"params": plain, "projection": None}]
-    return [group for group in groups if group["params"]]
+        return model.trained
+    return leave_out(model.trained, {id(p) for p in model.tables}, {"projection": None})
 
 
 def measure(name: str, model: Model, grad_dtype: torch.dtype | None, precision: str, **options) -> Choice:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import torch
 
 import fusedopt
+from fusedopt.cli import UsageError
 from fusedopt.cli.corpus import Corpus
 from fusedopt.cli.gpt import GPT
 from fusedopt.cli.progress import progress
-from fusedopt.factory import parse_name
+from fusedopt.factory import embedding_ids, leave_out, parse_name, projection_of
+from fusedopt.projections.base import places
 
 # Learning rate and decoupled weight decay (of matrices) by rule: Lion takes a fifth of AdamW's rate and five times its
 # decay, see its paper. Rules without an entry run with their class's defaults.
@@ -26,6 +28,17 @@ RECIPES = {
     "lamb": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.98)},
     "sgd": {"lr": 0.2, "momentum": 0.9},
     "lars": {"lr": 5.0, "weight_decay": 1e-4, "momentum": 0.9},
+    "adafactor": {"lr": 1e-3, "weight_decay": 0.1, "relative_step": False, "scale_parameter": False},
+}
+# For the matrices of the blocks, which a projection takes: by how much their learning rate is larger than the rule's, which
+# embeddings, head and norms keep, and options of the method itself, which --rank and --update-every leave alone.
+PROJECTED = {
+    "galore": {"ratio": 4.0, "scale": 0.25},
+    "qgalore": {"ratio": 4.0, "scale": 0.25},
+    "dct": {"update_every": 1},
+    "apollo": {"ratio": 2.0},
+    "apollo_mini": {"ratio": 2.0, "rank": 1},
+    "subset_norm": {"ratio": 16.0},
 }
 TORCH = "torch AdamW"
 CHECKS = 6  # held-out measurements along the way
@@ -47,6 +60,8 @@ class Setup:
     seed: int = 0
     dtype: torch.dtype = torch.float32
     param_precision: str = "nearest"
+    rank: int = 64
+    update_every: int = 50
 
     def model(self) -> GPT:
         torch.manual_seed(self.seed)
@@ -75,21 +90,46 @@ class Run:
 
 def label_of(name: str) -> str:
     base, form = parse_name(name)
-    return f"{fusedopt.rule.optimizers()[base].__name__} {form or 'fp32'}"
+    projection = projection_of(name)
+    words = [projection.__name__] if projection else []
+    return " ".join([*words, fusedopt.rule.optimizers()[base].__name__, form or "fp32"])
 
 
-def build_optimizer(name: str, model: GPT, setup: Setup) -> tuple[torch.optim.Optimizer, float]:
-    """The optimizer with its peak learning rate; norms are not decayed."""
-    options = dict(RECIPES.get("adamw" if name == TORCH else parse_name(name)[0], {}))
-    decay = options.pop("weight_decay", 0.0)
+def build_optimizer(
+    name: str, model: GPT, setup: Setup, ratio: float | None = None, **options
+) -> torch.optim.Optimizer:
+    """The optimizer with its peak learning rates. Norms are not decayed; embeddings and head are not projected.
+
+    ratio: learning rate of the blocks' matrices over that of the others, None: the recipe's. Their decay is divided by it, so
+    that it takes the same share of a weight away in a step. options: of the projection or the class, instead of the recipe's.
+    Raises UsageError where the optimizer refuses the options, or the projection every matrix.
+    """
+    recipe = dict(RECIPES.get("adamw" if name == TORCH else parse_name(name)[0], {}))
+    decay = recipe.pop("weight_decay", 0.0)
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
-    if name == TORCH:
-        opt = torch.optim.AdamW(groups, **options)
-    else:
-        opt = fusedopt.create(name, groups, param_precision=setup.param_precision, **options)
-    return opt, opt.param_groups[0]["lr"]
+    groups = leave_out(matrices, embedding_ids(model) | {id(model.head.weight)}, {"projection": None})
+    groups = [{**group, "weight_decay": decay} for group in groups]
+    groups.append({"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0})
+    own: dict = {}
+    try:
+        if name == TORCH:
+            opt = torch.optim.AdamW(groups, **recipe, **options)
+        else:
+            if projection := projection_of(name):
+                own = {"rank": setup.rank, "update_every": setup.update_every, **PROJECTED.get(projection.name, {})}
+                ratio = own.pop("ratio", 1.0) if ratio is None else ratio
+                own = {key: value for key, value in own.items() if key in projection.__dataclass_fields__}
+            opt = fusedopt.create(name, groups, param_precision=setup.param_precision, **{**recipe, **own, **options})
+            if projection and not places(opt):
+                raise UsageError(
+                    f"{name}: no matrix of the model is large enough to be projected; try a smaller --rank"
+                )
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
+    blocks = opt.param_groups[0]
+    ratio = 1.0 if ratio is None else ratio
+    blocks["lr"], blocks["weight_decay"] = blocks["lr"] * ratio, blocks["weight_decay"] / ratio
+    return opt
 
 
 def schedule(step: int, steps: int) -> float:
@@ -127,8 +167,8 @@ def train(name: str, setup: Setup) -> Run:
     wait = (lambda: torch.cuda.synchronize(setup.device)) if gpu else (lambda: None)
     model = setup.model()
     run.parameters = sum(p.numel() for p in model.parameters())
-    opt, peak = build_optimizer(name, model, setup)
-    ratios = [group["lr"] / peak for group in opt.param_groups]
+    opt = build_optimizer(name, model, setup)
+    peaks = [group["lr"] for group in opt.param_groups]
     batches = setup.corpus.windows(setup.steps * setup.batch, setup.context, setup.seed).split(setup.batch)
     held_out = setup.corpus.windows(setup.held_out_windows, setup.context, setup.seed + 1, held_out=True)
     held_out = held_out.to(setup.device)
@@ -138,8 +178,8 @@ def train(name: str, setup: Setup) -> Run:
     with deterministic():
         for step, windows in enumerate(batches):
             begin = time.perf_counter()
-            for group, ratio in zip(opt.param_groups, ratios, strict=True):
-                group["lr"] = peak * ratio * schedule(step, setup.steps)
+            for group, peak in zip(opt.param_groups, peaks, strict=True):
+                group["lr"] = peak * schedule(step, setup.steps)
             loss = model.loss(windows.to(setup.device))
             loss.backward()
             wait()
