@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench run | compare | plot | accuracy | lowrank | gates | gpu`, each with --help."""
+"""Command line of the benchmarks: `python -m bench COMMAND`, each with --help; the commands are in COMMANDS."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "plot": "a result file as PNG charts",
     "accuracy": "what formats and precisions cost: errors on real moments, drift, losses over seeds",
     "lowrank": "projected optimizers: steps, refreshes, staggering, state and extra memory",
+    "lowrank-accuracy": "what projected and factored optimizers cost in held-out loss, against AdamW",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {}
     for name, text in COMMANDS.items():
-        modules[name] = importlib.import_module(f"bench.{name}")
+        modules[name] = importlib.import_module(f"bench.{name.replace('-', '_')}")
         modules[name].add_arguments(commands.add_parser(name, help=text, description=modules[name].__doc__))
     args = parser.parse_args(argv)
     return modules[args.command].main(args)

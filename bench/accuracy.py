@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -71,24 +72,27 @@ def jobs(args: argparse.Namespace) -> tuple[list[tuple], dict[str, str]]:
     return found, left_out
 
 
-def run_all(found: list[tuple], count: int) -> dict:
+def run_all(found: list[tuple], count: int, label: str = "accuracy", done: Callable | None = None) -> dict:
+    """The result of every run by its key. done(key, result) is called after each, to keep it."""
     out: dict = {}
-    bar = progress(len(found), "accuracy")
+    bar = progress(len(found), label)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context) as pool:
         futures = {pool.submit(function, *arguments): key for key, function, arguments in found}
         for future in as_completed(futures):
             out[futures[future]] = future.result()
+            if done is not None:
+                done(futures[future], out[futures[future]])
             bar.set_postfix_str(" ".join(map(str, futures[future])), refresh=False)
             bar.update(1)
     bar.close()
     return out
 
 
-def paired(results: dict, part: str, name: str, seeds: int) -> dict:
-    """Held-out loss of a configuration, and its difference from fp32 of the same seed: mean and standard error, in percent."""
+def paired(results: dict, part: str, name: str, seeds: int, base_name: str = BASE.name) -> dict:
+    """Held-out loss of a configuration, and its difference from `base_name` of the same seed: mean and standard error, %."""
     losses = [results[part, name, seed]["held_out"] for seed in range(seeds)]
-    base = [results[part, BASE.name, seed]["held_out"] for seed in range(seeds)]
+    base = [results[part, base_name, seed]["held_out"] for seed in range(seeds)]
     change = [100 * (a / b - 1) for a, b in zip(losses, base, strict=True)]
     error = statistics.stdev(change) / math.sqrt(seeds) if seeds > 1 else 0.0
     return {

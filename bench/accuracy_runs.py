@@ -12,6 +12,7 @@ import torch
 import fusedopt
 from fusedopt import masters
 from fusedopt.cli.corpus import load
+from fusedopt.cli.gpt import GPT
 from fusedopt.cli.training import RECIPES, Setup, evaluate, schedule
 from fusedopt.formats import Format, get_format, list_formats
 
@@ -31,6 +32,15 @@ class Config:
     cls: str = ""
     dtype: str = "float32"
     options: dict = field(default_factory=dict)
+
+    def optimizer(self, model: GPT) -> torch.optim.Optimizer:
+        """With its peak learning rates."""
+        decay = RECIPES["adamw"]["weight_decay"]
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return self.build(groups)
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
         options = {k: v for k, v in RECIPES["adamw"].items() if k != "weight_decay"} | self.options
@@ -101,19 +111,14 @@ def train(config: Config, size: dict, seed: int, looks=(), on_step=None) -> dict
     steps, shape = size["steps"], {k: v for k, v in size.items() if k != "steps"}
     setup = Setup(load(None, shape.get("context", Setup.context)), torch.device("cpu"), steps, seed=seed, **shape)
     model = replace(setup, dtype=getattr(torch, config.dtype)).model()
-    decay = RECIPES["adamw"]["weight_decay"]
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    opt = config.build(groups)
-    peak = RECIPES["adamw"]["lr"]
+    opt = config.optimizer(model)
+    peaks = [float(group["lr"]) for group in opt.param_groups]
     batches = setup.corpus.windows(steps * setup.batch, setup.context, seed).split(setup.batch)
     losses, snapshots = [], {}
     if 0 in looks:
         snapshots[0] = _weights(model, opt)
     for step, windows in enumerate(batches):
-        for group in opt.param_groups:
+        for group, peak in zip(opt.param_groups, peaks, strict=True):
             rate = peak * schedule(step, steps)
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
