@@ -153,12 +153,20 @@ PYBIND11_MODULE(_native_cpu, m) {
         py::arg("packed"), "Updates one projected parameter: a packed MatrixLaunch.");
   m.def("project", [](const py::bytes& packed) { matrix_work<fo::ProjectLaunch>(packed, &FoDriver::project); }, py::arg("packed"),
         "Projects one gradient: a packed ProjectLaunch.");
+  m.def("project_seeded", [](const py::bytes& packed) { matrix_work<fo::SeededLaunch>(packed, &FoDriver::project_seeded); },
+        py::arg("packed"), "Projects one gradient with random numbers from a seed: a packed SeededLaunch.");
   m.def("square_sums", [](const py::bytes& packed) { matrix_work<fo::SumsLaunch>(packed, &FoDriver::square_sums); },
         py::arg("packed"), "Sums of squares by row and column: a packed SumsLaunch.");
-  m.def("matrix_bytes", [] { return std::make_tuple(sizeof(fo::MatrixLaunch), sizeof(fo::ProjectLaunch), sizeof(fo::SumsLaunch)); },
-        "Sizes of a packed MatrixLaunch, ProjectLaunch and SumsLaunch.");
+  m.def(
+      "matrix_bytes",
+      [] {
+        return std::make_tuple(sizeof(fo::MatrixLaunch), sizeof(fo::ProjectLaunch), sizeof(fo::SumsLaunch), sizeof(fo::SeededLaunch));
+      },
+      "Sizes of a packed MatrixLaunch, ProjectLaunch, SumsLaunch and SeededLaunch.");
   m.def("apply_scratch", &fo::apply_scratch, py::arg("residual"), py::arg("threads"), "Floats of scratch of apply_matrix.");
   m.def("project_scratch", &fo::project_scratch, py::arg("right"), py::arg("rows"), py::arg("cols"), py::arg("rank"),
         py::arg("threads"), "Floats of scratch of project.");
+  m.def("seeded_scratch", &fo::seeded_scratch, py::arg("right"), py::arg("rows"), py::arg("cols"), py::arg("rank"),
+        py::arg("threads"), "Floats of scratch of project_seeded.");
   m.def("sums_scratch", &fo::sums_scratch, py::arg("rows"), py::arg("cols"), py::arg("columns"), "Floats of scratch of square_sums.");
 }

@@ -125,15 +125,10 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: int = 0, first: int = 0):
-    """int64 [numel]: the 16 random bits of each element. step: int or integer tensor.
-
-    stream: 0 for the parameter, 1 + i for state i, in the 8 highest bits of the octet's number. first: index of the first
-    element, a multiple of 8.
-    """
+def philox_words(seed: int, step, tensor_id: int, octet: torch.Tensor, stream: int) -> tuple[torch.Tensor, ...]:
+    """The four 32-bit words of each counter (octet, stream in its 8 highest bits, tensor id, step), int64 as `octet` is."""
     if isinstance(step, torch.Tensor):
         step = step.long()
-    octet = torch.arange(first // 8, first // 8 + (numel + 7) // 8, dtype=torch.int64, device=device)
     c0, c1 = octet & _MASK, octet >> 32 | stream << 24
     c2, c3 = torch.full_like(octet, tensor_id & _MASK), torch.zeros_like(octet) + step
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -142,7 +137,17 @@ def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: 
         hi1, lo1 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    words = torch.stack([c0, c1, c2, c3], 1)
+    return c0, c1, c2, c3
+
+
+def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: int = 0, first: int = 0):
+    """int64 [numel]: the 16 random bits of each element. step: int or integer tensor.
+
+    stream: 0 for the parameter, 1 + i for state i, in the 8 highest bits of the octet's number. first: index of the first
+    element, a multiple of 8.
+    """
+    octet = torch.arange(first // 8, first // 8 + (numel + 7) // 8, dtype=torch.int64, device=device)
+    words = torch.stack(philox_words(seed, step, tensor_id, octet, stream), 1)
     return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:numel]
 
 

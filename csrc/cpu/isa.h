@@ -18,6 +18,7 @@ struct FoDriver {
   void (*apply_matrix)(const void* launch);
   void (*project)(const void* launch);
   void (*square_sums)(const void* launch);
+  void (*project_seeded)(const void* launch);
 };
 
 namespace fo_baseline { FoDriver driver(); }

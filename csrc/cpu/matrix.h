@@ -29,6 +29,17 @@ struct ProjectLaunch {
   int32_t right, grad_dtype, projector_dtype, out_dtype, low_precision, threads, isa, bytes;
 };
 
+// The projection with APOLLO's random projector (normal.h), and the sums of squares of the columns (left) or rows (right) of the
+// gradient, or null.
+struct SeededLaunch {
+  int64_t grad, out;
+  float *squares, *scratch;  // seeded_scratch() floats
+  uint64_t seed;
+  int64_t rows, cols, rank, tensor_id;
+  uint32_t step;
+  int32_t right, grad_dtype, out_dtype, low_precision, threads, isa, bytes;
+};
+
 // Sums of (mul * g)^2 by row and by column (either may be null), or, with weights, the sum of g_ij^2 row_weight_i col_weight_j.
 struct SumsLaunch {
   int64_t grad;
@@ -84,6 +95,7 @@ struct ProjectPlan {
     slices = slice ? (depth + slice - 1) / slice : 1;
   }
 };
+constexpr int kLargestBlock = 480;  // of a ProjectPlan
 constexpr int kProjectCols = 256;  // of the result a right projection works on at once
 FO_HD int64_t project_thread_floats(const ProjectPlan& plan) { return kLeftFloats + right_floats(kProjectCols) + plan.tile + kPad; }
 inline int64_t project_scratch(bool right, int64_t rows, int64_t cols, int64_t rank, int threads) {
@@ -95,6 +107,16 @@ constexpr int64_t kSumRows = 64;  // rows that share one partial sum per column
 FO_HD int64_t sums_scratch(int64_t rows, int64_t cols, bool columns) {
   const int64_t chunks = (rows + kSumRows - 1) / kSumRows;
   return columns ? chunks * cols : 2 * chunks + 2;
+}
+
+// Of a seeded projection: room for the projector and for the sums of squares of slices, before that of the product. Rank 1: for
+// the projector, and on the left for two sums per column of the rows of a chunk.
+FO_HD int64_t seeded_floats(int64_t depth, int64_t rank) { return round_up(rank * depth, 16); }
+inline int64_t seeded_scratch(bool right, int64_t rows, int64_t cols, int64_t rank, int threads) {
+  const int64_t own = seeded_floats(right ? cols : rows, rank);
+  if (rank == 1) return own + (right ? 0 : 2 * sums_scratch(rows, cols, true));
+  const ProjectPlan plan(right, rows, cols, rank);
+  return own + round_up(plan.slices * plan.side, 16) + project_scratch(right, rows, cols, rank, threads);
 }
 
 }  // namespace fo

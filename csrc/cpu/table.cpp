@@ -8,6 +8,7 @@ void norm(const void* launch);  // reduce.cpp
 void apply_matrix(const void* launch);
 void project(const void* launch);
 void square_sums(const void* launch);
+void project_seeded(const void* launch);
 
 #define FO_LIST(Type) void step_##Type(const void*);
 #include "rules.inc"
@@ -19,6 +20,8 @@ static void (*const steps[])(const void*) = {
 };
 #undef FO_LIST
 
-FoDriver driver() { return {steps, norm, encode_tensor, decode_tensor, apply_matrix, project, square_sums}; }
+FoDriver driver() {
+  return {steps, norm, encode_tensor, decode_tensor, apply_matrix, project, square_sums, project_seeded};
+}
 
 }  // namespace fo

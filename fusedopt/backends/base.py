@@ -184,6 +184,14 @@ def unsupported(key: BucketKey) -> str | None:
     return None
 
 
+def check_seeded(side: str, rank: int) -> None:
+    """Raises ValueError for a side or a rank that no projection has."""
+    if side not in ("left", "right"):
+        raise ValueError(f"unknown side {side!r}; known: 'left', 'right'")
+    if rank < 1:
+        raise ValueError(f"a projection has rank 1 or more, not {rank}")
+
+
 class MatrixKernels:
     """The kernels of projected and factored steps. Each answers whether it took the work; these take none, and torch's
     operations do instead."""
@@ -198,6 +206,14 @@ class MatrixKernels:
 
     def project_packed(self, grad: torch.Tensor, packed: Int4Matrix, side: str, out: torch.Tensor) -> bool:
         """The same with a packed basis."""
+        return False
+
+    def project_seeded(
+        self, grad: torch.Tensor, seed: int, tensor_id: int, step: int, rank: int, side: str, out: torch.Tensor,
+        squares: torch.Tensor | None,
+    ) -> bool:  # fmt: skip
+        """`project` with the basis that `projections.subspace.gaussian_projector` makes of the seed, rounded to grad's dtype,
+        and in the same read the sums of grad^2 of each column (left), fp32 [cols], or row (right), fp32 [rows]; None: without."""
         return False
 
     def row_col_sums(

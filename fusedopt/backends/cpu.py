@@ -8,8 +8,8 @@ import torch  # before the extension, which then shares torch's OpenMP runtime a
 
 from fusedopt.abi import DTYPE_CODES
 from fusedopt.backends import cpu_matrix
-from fusedopt.backends.base import BucketKey, MatrixWork, Work
-from fusedopt.backends.native import NativeBackend
+from fusedopt.backends.base import BucketKey, MatrixWork, Work, check_seeded
+from fusedopt.backends.native import NativeBackend, matrix_shape
 from fusedopt.formats import Format
 
 try:
@@ -88,6 +88,24 @@ class CpuBackend(NativeBackend):
         threads = torch.get_num_threads()
         scratch = self._scratch.take(native.project_scratch(right, *grad.shape, rank, threads))
         native.project(cpu_matrix.pack_project(grad, projector, side, out, scratch, threads, self._isa))
+        self._scratch.give_back(scratch)
+        return True
+
+    def project_seeded(
+        self, grad: torch.Tensor, seed: int, tensor_id: int, step: int, rank: int, side: str, out: torch.Tensor,
+        squares: torch.Tensor | None,
+    ) -> bool:  # fmt: skip
+        """See MatrixKernels; the same bits for every thread count. grad, out: fp32, bf16 or fp16; precision as in `project`.
+        False, and nothing done, for fp64. Raises ValueError for tensors of other shapes or with gaps, and for ranks below 1."""
+        if torch.float64 in (grad.dtype, out.dtype):
+            return False
+        rows, cols = matrix_shape(grad)
+        check_seeded(side, rank)
+        threads = torch.get_num_threads()
+        scratch = self._scratch.take(native.seeded_scratch(side == "right", rows, cols, rank, threads))
+        native.project_seeded(
+            cpu_matrix.pack_seeded(grad, seed, tensor_id, step, rank, side, out, squares, scratch, threads, self._isa)
+        )
         self._scratch.give_back(scratch)
         return True
 

@@ -10,11 +10,12 @@ from fusedopt.abi import DTYPE_CODES, SCALAR_STRIDE
 from fusedopt.backends.base import Int4Matrix, MatrixWork
 from fusedopt.backends.native import address, matrix_shape
 
-# struct MatrixLaunch, ProjectLaunch, SumsLaunch
+# struct MatrixLaunch, ProjectLaunch, SumsLaunch, SeededLaunch
 _APPLY = struct.Struct("=9Q5Q5q2f12i")
 _PROJECT = struct.Struct("=4Q3q8i")
 _SUMS = struct.Struct("=8Q2q4i")
-SIZES = (_APPLY.size, _PROJECT.size, _SUMS.size)
+_SEEDED = struct.Struct("=5Q4qI7i")
+SIZES = (_APPLY.size, _PROJECT.size, _SUMS.size, _SEEDED.size)
 _RESIDUALS = {None: 0, "sign": 1, "gradient": 2}
 
 
@@ -141,6 +142,21 @@ def pack_project(grad, projector, side: str, out, scratch: torch.Tensor, threads
     )
     codes = int(right), _code(grad), _code(projector), _code(out), int(low_precision()), threads, isa, _PROJECT.size
     return _PROJECT.pack(*addresses, rows, cols, rank, *codes)
+
+
+def pack_seeded(
+    grad, seed: int, tensor_id: int, step: int, rank: int, side: str, out, squares, scratch, threads: int, isa: int
+) -> bytes:
+    right = side == "right"
+    rows, cols = grad.shape
+    addresses = (
+        address("grad", grad, (rows, cols)),
+        address("out", out, (rows, rank) if right else (rank, cols)),
+        address("squares", squares, (rows if right else cols,), _FP32),
+        scratch.data_ptr(),
+    )
+    codes = int(right), _code(grad), _code(out), int(low_precision()), threads, isa, _SEEDED.size
+    return _SEEDED.pack(*addresses, seed & (2**64 - 1), rows, cols, rank, tensor_id, step, *codes)
 
 
 def pack_sums(grad, row_out, col_out, total, mul, weights, scratch: torch.Tensor, threads: int, isa: int) -> bytes:

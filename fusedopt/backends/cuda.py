@@ -88,6 +88,10 @@ class CudaBackend(NativeBackend):
         triton = self._triton()
         return triton is not None and triton.project_packed(grad, packed, side, out)
 
+    def project_seeded(self, grad, seed, tensor_id, step, rank, side, out, squares) -> bool:
+        triton = self._triton()
+        return triton is not None and triton.project_seeded(grad, seed, tensor_id, step, rank, side, out, squares)
+
     def _triton(self):
         """The backend whose kernels multiply matrices, or None where it cannot run."""
         from fusedopt.backends.select import get_backend

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from fusedopt.projections import base, ops
-from fusedopt.projections.subspace import gaussian_projector
 
 SCOPES = ("channel", "tensor")
 _TINY = 1e-8  # added to norms in a denominator, as in the reference implementation
@@ -18,27 +17,34 @@ class ApolloSite(base.Site):
     """Projects with Gaussian numbers that are drawn anew from their seed, and scales the gradient by the ratio of norms."""
 
     takes_int8 = True
+    squares: torch.Tensor | None = None  # of the gradient's columns or rows, for the limiter; from before() to after()
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.basis_dtype == torch.float64 else torch.float32
 
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         every = self.projection.update_every
         period = (step - 1 - self.offset) // every * every + self.offset + 1  # the step this projector is of
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": max(1, period)}
-        basis = gaussian_projector(self.shape, self.rank, self.side, device=grad.device, dtype=self.basis_dtype, **keys)
-        ops.project(slot.key.backend, grad, basis, self.side, self.projected)
+        if self.projection.norm_growth is not None:
+            kept = self.shape[1] if self.side == "left" else self.shape[0]
+            self.squares = torch.empty(kept, dtype=self.wide, device=grad.device)
+        ops.project_seeded(slot.key.backend, grad, self.rank, self.side, self.projected, self.squares, **keys)
 
     def after(self, grad: torch.Tensor, slot, steps) -> None:
-        wide = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
         dim = 0 if self.side == "left" else 1
         whole = self.projection.scope == "tensor"
         norm_of = (lambda x: x.norm()) if whole else (lambda x: x.norm(dim=dim))
-        update, projected = norm_of(self.update.to(wide)), norm_of(self.projected.to(wide))
+        update, projected = norm_of(self.update.to(self.wide)), norm_of(self.projected.to(self.wide))
         mul = steps.multiplier(slot)
         factor = update * mul / (projected * abs(mul) + _TINY)
-        squares = ops.square_sums(slot.key.backend, grad, None if whole else 1 - dim)
-        norm = (factor.square() * squares).sum().sqrt()
-        factor = factor / self._limit(norm, steps.found)
+        if self.squares is not None:
+            norm = (factor.square() * self.squares).sum().sqrt()
+            factor = factor / self._limit(norm, steps.found)
+            self.squares = None
         work = replace(steps.work(slot, grad), scale=self.projection.scale**0.5)
-        spread = factor.expand(self.shape[1 - dim]).contiguous().to(torch.float32 if wide == torch.float32 else wide)
+        spread = factor.expand(self.shape[1 - dim]).contiguous()
         if self.side == "left":
             work.col_factor = spread
         else:
@@ -48,8 +54,6 @@ class ApolloSite(base.Site):
     def _limit(self, norm: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
         """The norm-growth limiter: what the update is divided by, so that its norm grows by at most its factor a step."""
         growth = self.projection.norm_growth
-        if growth is None:
-            return torch.ones_like(norm)
         last = self.entry["update_norm"]
         limit = torch.where(last > 0, (norm / (last + _TINY) / growth).clamp(min=1.0), torch.ones_like(norm))
         new = norm / limit

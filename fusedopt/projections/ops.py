@@ -15,6 +15,7 @@ from fusedopt.backends.base import Int4Matrix, MatrixWork
 from fusedopt.backends.reference_matrix import Update, decode_int4
 from fusedopt.memory import flat
 from fusedopt.precision import ParamPrecision
+from fusedopt.projections.subspace import gaussian_projector
 from fusedopt.weights import GROUP, Int8Weight, row_blocks, update_rows
 
 
@@ -54,6 +55,25 @@ def project(backend: str, grad: torch.Tensor, basis: torch.Tensor | Int4Matrix, 
             out.addmm_(basis[first : first + block].t(), part)
         else:
             torch.mm(part, basis.t(), out=out[first : first + block])
+
+
+def project_seeded(
+    backend: str, grad: torch.Tensor, rank: int, side: str, out: torch.Tensor, squares: torch.Tensor | None,
+    *, seed: int, tensor_id: int, step: int,
+) -> None:  # fmt: skip
+    """`project` with the random basis of a seed (subspace.gaussian_projector), rounded to grad's dtype where that has 16 bits.
+
+    squares: what the sums of squares of grad's columns (left, [cols]) or rows (right, [rows]) go to, or None.
+    """
+    if select.get_backend(backend).project_seeded(grad, seed, tensor_id, step, rank, side, out, squares):
+        return
+    dtype = grad.dtype if grad.dtype.itemsize == 2 else out.dtype
+    keys = {"seed": seed, "tensor_id": tensor_id, "step": step}
+    project(
+        backend, grad, gaussian_projector(grad.shape, rank, side, device=grad.device, dtype=dtype, **keys), side, out
+    )
+    if squares is not None:
+        row_col_sums(backend, grad, *((None, squares) if side == "left" else (squares, None)))
 
 
 def _row_blocks(grad: torch.Tensor) -> list[slice]:
@@ -161,12 +181,3 @@ def apply(backend: str, work: MatrixWork) -> None:
         return
     if not select.get_backend(backend).apply_matrix(work):
         select.get_backend("reference").apply_matrix(work)
-
-
-def square_sums(backend: str, grad: torch.Tensor, along: int | None) -> torch.Tensor:
-    """Sums of squares of a matrix in fp32 (fp64 of fp64): of each row (along=0), of each column (1), or of all (None)."""
-    rows, cols = grad.shape
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    out = torch.empty(cols if along == 1 else rows, dtype=wide, device=grad.device)
-    row_col_sums(backend, grad, *((None, out) if along == 1 else (out, None)))
-    return out.sum() if along is None else out

@@ -8,12 +8,17 @@ whole. The range finder needs the small symmetric eigenproblem of torch.linalg.e
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from fusedopt.precision import philox_words
 from fusedopt.projections.matmul import AVX512, mm
 from fusedopt.projections.seeds import generator
 
 SIDES = ("left", "right")
+_STREAM = 0xFE  # of the Philox counter: no parameter or state draws from it, and 0xFF is that of selections
+_DRAWN = 1 << 15  # counters of random projectors at a time
 _JITTER = (
     1 / 32
 )  # Gaussian share of a warm start's columns: finds what is orthogonal to the old basis, costs 1e-3 of accuracy
@@ -186,11 +191,30 @@ def gaussian_projector(
     device="cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """APOLLO's random projector N(0, 1) / sqrt(rank), [rows, rank] or [rank, cols]: drawn again from its seed, never stored."""
+    """APOLLO's random projector N(0, 1) / sqrt(rank), [rows, rank] or [rank, cols]: drawn again from its seed, never stored.
+
+    Number d of component j, along the projected side, is number d % 4 of the Philox counter (d // 4, stream << 24 | j,
+    tensor id, step), whose words make two pairs by Box and Muller (1958): r cos(t), r sin(t) with
+    r^2 = -2 / rank ln(((w >> 8) + 1) / 2^24) and t = 2 pi (w' >> 8) / 2^24. Kernels compute them in fp32, which changes each by
+    at most 4e-7 of itself; fp32 values here are rounded from fp64. 16-bit ones are rounded from fp32.
+    """
     _check(shape, rank, side, "gaussian_projector")
-    size = (shape[0], rank) if side == "left" else (rank, shape[1])
-    X = torch.randn(size, generator=generator(device, seed, tensor_id, step), device=device, dtype=torch.float32)
-    return X.mul_(rank**-0.5).to(dtype)
+    depth = shape[0] if side == "left" else shape[1]
+    quads = (depth + 3) // 4
+    out = torch.empty(rank, depth, dtype=dtype, device=device)
+    block = max(1, _DRAWN // quads)  # components at a time: temporaries of 64-bit words stay small
+    for first in range(0, rank, block):
+        j = torch.arange(first, min(rank, first + block), dtype=torch.int64, device=device)
+        counter = (j[:, None] << 32) + torch.arange(quads, dtype=torch.int64, device=device)
+        words = philox_words(seed, step, tensor_id, counter, _STREAM)
+        z = []
+        for one, other in (words[:2], words[2:]):
+            r = (((one >> 8) + 1).double() / 2**24).log_().mul_(-2 / rank).sqrt_()
+            turn = (other >> 8).double() * (2 * math.pi / 2**24)
+            z += [r * turn.cos(), r * turn.sin()]
+        z = torch.stack(z, 2).view(len(j), 4 * quads)[:, :depth]
+        out[first : first + len(j)] = z if dtype == torch.float64 else z.float()
+    return out.t().contiguous() if side == "left" else out
 
 
 def _check_old(old: torch.Tensor | None, shape, rank: int, side: str, what: str) -> None:
