@@ -6,6 +6,8 @@
 #include "reduce.h"
 #include "tile.h"
 
+#include "../precision.h"
+
 #include <cstring>
 
 namespace fo {
@@ -27,37 +29,57 @@ static void draw_projector(const SeededLaunch& work, int64_t depth, int32_t dtyp
   }
 }
 
-// sum += a weighted sum of four rows, or of one; squares likewise.
-static void add_rows(const float* const* rows, const float* weight, int n, float* __restrict sum, float* __restrict squares) {
-  const float *__restrict a = rows[0], *__restrict b = rows[1], *__restrict c = rows[2], *__restrict d = rows[3];
+static FO_HD float widened(float x) { return x; }
+static FO_HD float widened(uint16_t x) { return bf16_to_float(x); }
+
+// sum += a weighted sum of four rows, `stride` apart, or of one; squares likewise. bf16 is widened here: through buffers, a step
+// of rank 1 takes twice as long.
+template <class T>
+static void add_rows(const T* __restrict a, int64_t stride, const float* weight, int n, float* __restrict sum,
+                     float* __restrict squares) {
+  const T *__restrict b = a + stride, *__restrict c = b + stride, *__restrict d = c + stride;
   for (int i = 0; i < n; ++i) {
-    sum[i] += (weight[0] * a[i] + weight[1] * b[i]) + (weight[2] * c[i] + weight[3] * d[i]);
-    squares[i] += (a[i] * a[i] + b[i] * b[i]) + (c[i] * c[i] + d[i] * d[i]);
+    const float w = widened(a[i]), x = widened(b[i]), y = widened(c[i]), z = widened(d[i]);
+    sum[i] += (weight[0] * w + weight[1] * x) + (weight[2] * y + weight[3] * z);
+    squares[i] += (w * w + x * x) + (y * y + z * z);
   }
 }
 
-static void add_row(const float* __restrict a, float weight, int n, float* __restrict sum, float* __restrict squares) {
+template <class T>
+static void add_row(const T* __restrict a, float weight, int n, float* __restrict sum, float* __restrict squares) {
   for (int i = 0; i < n; ++i) {
-    sum[i] += weight * a[i];
-    squares[i] += a[i] * a[i];
+    const float w = widened(a[i]);
+    sum[i] += weight * w;
+    squares[i] += w * w;
   }
 }
 
-// The rows of one chunk, weighted, to a sum and a sum of squares per column.
+// Rows of a tile, `stride` apart, weighted, to a sum and a sum of squares per column.
+template <class T>
+static void sum_tile(const T* g, int64_t stride, const float* weight, int64_t rows, int n, float* sums, float* squares) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) add_rows(g + row * stride, stride, weight + row, n, sums, squares);
+  for (; row < rows; ++row) add_row(g + row * stride, weight[row], n, sums, squares);
+}
+
+// The rows of one chunk.
 static void sum_rows(const SeededLaunch& work, const float* weight, int64_t first, int64_t last, float* sums, float* squares) {
-  alignas(64) float buffer[4][kTile];
-  for (int64_t col = 0; col < work.cols; col += kTile) {
+  alignas(64) float buffer[4 * kTile];
+  for (int64_t col = 0; col < work.cols; col += kTile, sums += kTile, squares += kTile) {
     const int n = int(work.cols - col < kTile ? work.cols - col : kTile);
-    std::memset(sums + col, 0, size_t(n) * 4);
-    std::memset(squares + col, 0, size_t(n) * 4);
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4) {
-      const float* rows[4];
-      for (int i = 0; i < 4; ++i) rows[i] = load_tile(work.grad, work.grad_dtype, (row + i) * work.cols + col, n, buffer[i]);
-      add_rows(rows, weight + row, n, sums + col, squares + col);
-    }
-    for (; row < last; ++row) {
-      add_row(load_tile(work.grad, work.grad_dtype, row * work.cols + col, n, buffer[0]), weight[row], n, sums + col, squares + col);
+    const int64_t offset = first * work.cols + col;
+    std::memset(sums, 0, size_t(n) * 4);
+    std::memset(squares, 0, size_t(n) * 4);
+    if (work.grad_dtype == kF32) {
+      sum_tile(reinterpret_cast<const float*>(work.grad) + offset, work.cols, weight + first, last - first, n, sums, squares);
+    } else if (work.grad_dtype == kBF16) {
+      sum_tile(reinterpret_cast<const uint16_t*>(work.grad) + offset, work.cols, weight + first, last - first, n, sums, squares);
+    } else {
+      for (int64_t row = first; row < last; row += 4) {
+        const int64_t some = last - row < 4 ? last - row : 4;
+        for (int64_t i = 0; i < some; ++i) load_tile(work.grad, kF16, (row + i) * work.cols + col, n, buffer + i * kTile);
+        sum_tile(buffer, kTile, weight + row, some, n, sums, squares);
+      }
     }
   }
 }
