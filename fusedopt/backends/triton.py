@@ -142,6 +142,17 @@ class TritonBackend(MatrixKernels):
         with _on(grad.device):
             return project_packed(grad, packed, side, out)
 
+    def project_seeded(
+        self, grad: torch.Tensor, seed: int, tensor_id: int, step: int, rank: int, side: str, out: torch.Tensor,
+        squares: torch.Tensor | None,
+    ) -> bool:  # fmt: skip
+        """See MatrixKernels; sums are fp32, and the same every time. False, with nothing done, for fp64 and for tensors with
+        gaps. Raises ValueError where shapes do not fit."""
+        from fusedopt.backends.triton_seeded import project_seeded
+
+        with _on(grad.device):
+            return project_seeded(grad, seed, tensor_id, step, rank, side, out, squares)
+
     def row_col_sums(
         self,
         grad: torch.Tensor,

@@ -7,7 +7,7 @@ each sum is added in one fixed order: `partial_kernel` leaves the sums of each t
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.bits import widen
+from fusedopt.kernels.bits import nearest, widen
 from fusedopt.kernels.operands import places, steps
 
 # Rows and columns of a program's tile. Its partial sums are 4 / 128 + 4 / 256 bytes an element, 2.3 % of a bf16 matrix:
@@ -77,4 +77,4 @@ def add_kernel(part, out, count, numel, ROWS: tl.constexpr, COLS: tl.constexpr):
         k = first + tl.arange(0, ROWS)[:, None]
         total += tl.load(part + (k.to(tl.int64) * numel + j), mask=(k < count) & (j < numel), other=0.0)
     j = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
-    tl.store(out + j, tl.sum(total, axis=0), mask=j < numel)
+    tl.store(out + j, nearest(tl.sum(total, axis=0), out.dtype.element_ty), mask=j < numel)
