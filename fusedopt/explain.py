@@ -1,4 +1,4 @@
-"""The report behind opt.plan().explain(): buckets, backends, formats, launches, bytes per step, reasons."""
+"""The report behind opt.plan().explain(): buckets, backends, formats, launches, products, bytes per step, reasons."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ def bytes_per_step(bucket, phase: Phase) -> float:
         return n * (g + p + 2 * states)
     if phase == Phase.NORM:
         return n * (g + (p if rule.trust_on == "gradient" else 0))
-    precision = bucket.slots[0].precision
-    companion = precision.companion_dtype(key.param_dtype).itemsize if precision.companion else 0
-    read = companion if precision.name == "master" else p + companion  # a master weight replaces its rounded copy
-    return n * (read + g + states + (0 if phase == Phase.PROBE else p + companion + states))
+    read, written = bucket.slots[0].precision.traffic(key.param_dtype)
+    return n * (read + g + states + (0 if phase == Phase.PROBE else written + states))
 
 
 def _low_rank(site) -> str:
@@ -34,10 +32,13 @@ class PlanReport:
 
     @property
     def buckets(self) -> list[dict]:
-        """One dict per bucket: device, backend, rule, dtypes, formats, precision, tensors, elements, launches, bytes, reasons."""
+        """One dict per bucket: device, backend, rule, dtypes, formats, precision, tensors, elements, launches, bytes, reasons.
+
+        With clipping, projected parameters are in a second one, for the norm of their full gradients.
+        """
         out = []
         for device in self._plan.devices:
-            for bucket in device.buckets:
+            for bucket in (*device.buckets, *device.wholes):
                 phases = [ph for ph in bucket.works if ph != Phase.NORM or bucket in device.normed]
                 key = bucket.key
                 out.append({
@@ -55,14 +56,29 @@ class PlanReport:
         return out
 
     @property
+    def operations(self) -> list[dict]:
+        """What is done for each projected or factored parameter by itself, beside the launches, in a step between two
+        refreshes: one dict per device, backend and kind, with name, count, elements and bytes."""
+        found: dict[tuple, dict] = {}
+        for slot in self._plan.slots:
+            for name, moved in [] if slot.site is None else slot.site.operations(slot):
+                key = (str(slot.param.device), slot.key.backend, name)
+                start = {"device": key[0], "backend": key[1], "name": name, "count": 0, "elements": 0, "bytes": 0.0}
+                entry = found.setdefault(key, start)
+                entry["count"] += 1
+                entry["elements"] += slot.param.numel()
+                entry["bytes"] += moved
+        return list(found.values())
+
+    @property
     def launches(self) -> int:
-        """Kernel launches of one step."""
+        """Launches of one step that many tensors share; `operations` come on top."""
         return sum(b["launches"] for b in self.buckets)
 
     @property
     def bytes(self) -> float:
-        """Bytes one step must move."""
-        return sum(b["bytes"] for b in self.buckets)
+        """Bytes one step must move, between two refreshes."""
+        return sum(entry["bytes"] for entry in (*self.buckets, *self.operations))
 
     def _alone(self) -> list[str]:
         """Tensors that a projection steps by itself, in pieces: they share no launches, and are in no bucket."""
@@ -109,7 +125,9 @@ class PlanReport:
 
     def explain(self) -> str:
         """A table of the buckets, totals, and every reason for a fallback."""
-        lines = [f"{self._name}: {self.launches} launches, {self.bytes / 1e6:.3f} MB per step"]
+        alone = sum(o["count"] for o in self.operations)
+        more = f" and {alone} operations of single tensors" if alone else ""
+        lines = [f"{self._name}: {self.launches} launches{more}, {self.bytes / 1e6:.3f} MB per step"]
         for b in self.buckets:
             formats = ", ".join(f"{k} {v}" for k, v in b["formats"].items()) or "no states"
             lines.append(
@@ -118,6 +136,11 @@ class PlanReport:
                 f"{'' if b['aligned'] else ', not 16-byte aligned'}; phases {'+'.join(b['phases'])}, {b['bytes'] / 1e6:.3f} MB"
             )
             lines += [f"    not {reason}" for reason in b["reasons"]]
+        lines += [
+            f"  {o['device']} {o['backend']}: {o['name']}, one for each of {o['count']} tensors, {o['elements']} elements; "
+            f"{o['bytes'] / 1e6:.3f} MB"
+            for o in self.operations
+        ]
         lines += self._alone()
         notes = self._notes()
         lines += [f"  {note}" for note in notes[:20]]

@@ -40,6 +40,12 @@ class ParamPrecision:
     def companion_dtype(self, param_dtype: torch.dtype) -> torch.dtype:
         return self.storage or param_dtype
 
+    def traffic(self, param_dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes (read, written) of an element's weight in a step. A master weight is read in place of its rounded copy."""
+        companion = self.companion_dtype(param_dtype).itemsize if self.companion else 0
+        read = companion if self.name == "master" else param_dtype.itemsize + companion
+        return read, param_dtype.itemsize + companion
+
     def for_dtype(self, dtype: torch.dtype) -> ParamPrecision:
         """Itself, or nearest for fp32 and fp64 parameters, which need no help. Raises ValueError for a dtype it cannot keep."""
         if dtype not in HALF:

@@ -1,6 +1,7 @@
 """The plan: what shares a launch, when it is rebuilt, which backend it takes and why, and what explain() says."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -110,6 +111,97 @@ def test_bytes_per_step(config, spy):
         "lamb": 6 + 4 + 3 * states * state,  # the probe reads everything once more
     }.get(config.optimizer, 6 + 2 * states * state)
     assert opt.plan().bytes == pytest.approx(p.numel() * per_element)
+
+
+M, N, RANK = 32, 256, 8  # of a wide bf16 matrix: R is [8, 256], P [32, 8]
+LOW, BASIS = 2 * RANK * N, 2 * RANK * M  # bytes in bf16
+WEIGHTS, GRAD = 4 * M * N, 2 * M * N
+FIRST = {"projection": GRAD + BASIS + LOW}
+TRAFFIC = {
+    "galore": (fusedopt.GaLore(RANK), {}, {**FIRST, "update": WEIGHTS + BASIS + LOW}),
+    "split24": (
+        fusedopt.GaLore(RANK),
+        {"param_precision": "split24"},
+        {**FIRST, "update": WEIGHTS + 2 * M * N + BASIS + LOW},
+    ),
+    "master": (
+        fusedopt.GaLore(RANK),
+        {"param_precision": "master"},
+        {**FIRST, "update": (4 + 4 + 2) * M * N + BASIS + LOW},
+    ),
+    "packed": (
+        fusedopt.QGaLore(RANK),
+        {},
+        {"projection": GRAD + RANK * M // 2 + 5 + LOW, "update": WEIGHTS + RANK * M // 2 + 5 + LOW},
+    ),
+    "sign": (fusedopt.Frugal(0.25), {}, {**FIRST, "update with residual": WEIGHTS + GRAD + BASIS + 2 * LOW}),
+    "none": (fusedopt.Frugal(0.25, residual="none"), {}, {**FIRST, "update": WEIGHTS + BASIS + LOW}),
+    "columns": (
+        fusedopt.Frugal(0.25, method="columns"),
+        {},
+        {"selection": 2 * LOW, "update in pieces": WEIGHTS + GRAD + LOW},
+    ),
+    "dct": (fusedopt.DCT(RANK), {}, {"projection": GRAD + 2 * BASIS + LOW, "update": WEIGHTS + BASIS + LOW}),
+    "apollo": (
+        fusedopt.Apollo(RANK),
+        {},
+        {"projection": GRAD + 2 * BASIS + LOW, "norms": GRAD + 2 * LOW, "scaled update": WEIGHTS + GRAD},
+    ),
+    "subset_norm": (fusedopt.SubsetNorm(64), {}, {"step in pieces": WEIGHTS + 2 * GRAD + 8 * M * N + 8 * M * N // 64}),
+}
+
+
+@pytest.mark.parametrize("projection, options, expected", TRAFFIC.values(), ids=TRAFFIC)
+def test_bytes_of_projected_steps(projection, options, expected):
+    """The gradient once for the projection and the weights once each way, beside low-rank streams; fp32 states."""
+    params = [nn.Parameter(torch.zeros(M, N, dtype=torch.bfloat16)) for _ in range(2)]
+    set_grads(params, 0)
+    opt = fusedopt.AdamW(params, projection=projection, **options)
+    report = opt.plan()
+    found = {o["name"]: (o["count"], o["elements"], o["bytes"]) for o in report.operations}
+    assert found == {name: (2, 2 * M * N, 2 * moved) for name, moved in expected.items()}
+    direction = 0 if projection.name == "subset_norm" else 2 * (LOW + LOW + 16 * RANK * N)
+    assert report.bytes == direction + sum(moved for *_, moved in found.values())
+    text = report.explain()
+    name, moved = list(expected.items())[-1]
+    assert f"{name}, one for each of 2 tensors, {2 * M * N} elements; {2 * moved / 1e6:.3f} MB" in text
+    assert f"launches and {2 * len(expected)} operations of single tensors, {report.bytes / 1e6:.3f} MB" in text
+
+
+def test_clipping_a_projected_step_reads_full_gradients():
+    (p,) = params = [nn.Parameter(torch.zeros(M, N))]
+    set_grads(params, 0)
+    plain = fusedopt.AdamW(params, projection=fusedopt.GaLore(RANK)).plan()
+    clipped = fusedopt.AdamW(params, projection=fusedopt.GaLore(RANK), clip_grad_norm=1.0).plan()
+    assert clipped.bytes - plain.bytes == 4 * M * N
+    assert [b["phases"] for b in clipped.buckets] == [["direction"], ["norm"]]
+
+
+def test_bytes_of_early_projections_and_int8_weights():
+    layer = nn.Linear(N, M, bias=False)
+    opt = fusedopt.AdamW(layer.parameters(), projection=fusedopt.GaLore(RANK))
+    fusedopt.projected_linear(layer, opt)
+    layer(torch.ones(3, N)).sum().backward()
+    assert [(o["name"], o["bytes"]) for o in opt.plan().operations] == [
+        ("update", 8 * M * N + 4 * RANK * M + 4 * RANK * N)
+    ]
+    fusedopt.quantize_weights_(layer := nn.Linear(N, M, bias=False))
+    opt = fusedopt.AdamW(layer.parameters())
+    layer(torch.ones(3, N)).sum().backward()
+    codes = M * N + 5 * M * N // 256
+    assert [(o["name"], o["bytes"]) for o in opt.plan().operations] == [
+        ("step in pieces", 2 * codes + (4 + 2 * 8) * M * N)
+    ]
+
+
+def test_bytes_of_factored_and_sparse_steps():
+    (p,) = params = [nn.Parameter(torch.zeros(M, N, dtype=torch.bfloat16))]
+    set_grads(params, 0)
+    (operation,) = fusedopt.Adafactor(params).plan().operations
+    assert operation["bytes"] == WEIGHTS + 2 * M * N + 3 * GRAD + 2 * 4 * (M + N)
+    (operation,) = fusedopt.MicroAdam(params).plan().operations
+    kept = math.ceil(0.01 * M * N)
+    assert operation["bytes"] == WEIGHTS + GRAD + M * N + 2 * 2 * 2 + 4 * kept * (10 + 1)
 
 
 # When the plan is rebuilt
@@ -372,5 +464,5 @@ def test_create_errors():
 
 
 def test_every_class_is_covered_by_the_configurations():
-    # These step each tensor by itself and not in buckets: test_factored.py and MicroAdam's own tests
+    # These step each tensor by itself, in pieces and not in buckets: tests/test_factored.py, test_microadam_steps.py
     assert {c.optimizer for c in CONFIGS} == set(optimizers()) - {"adafactor", "microadam"}

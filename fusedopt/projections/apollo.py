@@ -51,6 +51,16 @@ class ApolloSite(base.Site):
             work.row_factor = spread
         ops.apply(slot.key.backend, work)
 
+    def operations(self, slot) -> list[base.Operation]:
+        """The projector is drawn and read; the gradient is read for its norms and for the update; norms read R and U."""
+        project, _ = super().operations(slot)
+        grad = slot.param.numel() * slot.grad_dtype.itemsize
+        return [
+            base.Operation("projection", project.bytes + self.basis_bytes()),
+            base.Operation("norms", grad + base.nbytes(self.projected, self.update)),
+            base.Operation("scaled update", sum(base.weight_bytes(slot)) + grad),
+        ]
+
     def _limit(self, norm: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
         """The norm-growth limiter: what the update is divided by, so that its norm grows by at most its factor a step."""
         growth = self.projection.norm_growth

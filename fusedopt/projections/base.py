@@ -8,7 +8,7 @@ a matrix product whose epilogue is the parameter update.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -209,6 +209,25 @@ def due(projection, place: tuple[int, int], step: int) -> bool:
     return step == 1 or (step - 1) % projection.update_every == refresh_offset(projection, place)
 
 
+class Operation(NamedTuple):
+    """What a site does in a step between two refreshes beside the launch of directions, and the bytes that it must move."""
+
+    name: str
+    bytes: float
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def weight_bytes(slot) -> tuple[float, float]:
+    """Bytes (read, written) of a slot's parameter, with its companion or the scales of its int8 groups."""
+    if slot.quantized:
+        size = nbytes(slot.param.codes, slot.param.scale, slot.param.zero)
+        return size, size
+    return tuple(slot.param.numel() * x for x in slot.precision.traffic(slot.param.dtype))
+
+
 class Site:
     """One projected parameter of a plan: its buffers, and the work before and after the launch of directions.
 
@@ -280,6 +299,19 @@ class Site:
     def after(self, grad: torch.Tensor, slot, steps) -> None:
         """Updates the parameter."""
         ops.apply(slot.key.backend, self.work(steps.work(slot, grad)))
+
+    def basis_bytes(self) -> float:
+        """Bytes that a product reads of the projector."""
+        side = self.shape[0] if self.side == "left" else self.shape[1]
+        return side * self.rank * self.basis_dtype.itemsize
+
+    def operations(self, slot) -> list[Operation]:
+        """The projection, unless a backward pass has done it, and the update. Refreshes are not counted."""
+        grad = slot.param.numel() * slot.grad_dtype.itemsize
+        low_rank = self.update.numel() * ops.projected_dtype(slot.grad_dtype, self.basis_dtype).itemsize
+        update = sum(weight_bytes(slot)) + nbytes(self.update) + self.basis_bytes()
+        out = [] if slot.source is not None else [Operation("projection", grad + self.basis_bytes() + low_rank)]
+        return [*out, Operation("update", update)]
 
     def work(self, base: MatrixWork) -> MatrixWork:
         """The update from `update`, completed from a work that has everything about the parameter."""

@@ -39,6 +39,7 @@ class CondaSite(FullSite):
     """One matrix of Conda."""
 
     plain_rule = "sgd"
+    gradient_reads = 2  # for the momentum and for its projection
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)

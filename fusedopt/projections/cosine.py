@@ -30,6 +30,13 @@ class DctSite(base.Site):
         """As in the paper at every `update_every`-th step, counted from 1, and at the first one."""
         return step == 1 or (step - self.offset) % self.projection.update_every == 0
 
+    def operations(self, slot) -> list[base.Operation]:
+        """The columns are made and read twice; an error is read and written. Selections are refreshes, also at every step."""
+        project, update = super().operations(slot)
+        errors = [t for name, t in self.entry.items() if name.startswith("error")]
+        more = self.basis_bytes() + 2 * base.nbytes(*errors)
+        return [base.Operation("projection", project.bytes + more), update]
+
     def select(self, grad, step: int, slot) -> None:
         """New columns, and the states carried over to them: what leaves the selection is forgotten."""
         kept = self.entry["indices"]

@@ -49,6 +49,8 @@ def factor_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, .
 class FactoredSite(FullSite):
     """One tensor of Adafactor: a vector, a matrix, or a stack of matrices (more than two dimensions)."""
 
+    gradient_reads = 3  # for its second moment, for the size of the update and for the update
+
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         self.layout = projection.layout(p)
         self.logical = p
@@ -70,6 +72,13 @@ class FactoredSite(FullSite):
         self.one_product = self.layout in ("matrix", "transposed") and not self.torch_form and not slot.rule.states
         self.pieces = None if self.one_product else self.pieces_of(slot, steps, self.shape)
         self.launch: PieceLaunch | None = None
+
+    def operations(self, slot) -> list[base.Operation]:
+        """The size of the weights takes another read of them."""
+        (whole,) = super().operations(slot)
+        weights = base.weight_bytes(slot)[0] if self.group["scale_parameter"] else 0
+        name = "factored update" if self.one_product else whole.name
+        return [base.Operation(name, whole.bytes + weights)]
 
     def after(self, grad, slot, steps) -> None:
         if not grad.numel():

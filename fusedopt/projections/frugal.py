@@ -53,6 +53,14 @@ class FrugalSite(BasisSite):
             work, residual=residual, residual_scale=self.projection.residual_scale, grad_left=left, grad_right=right
         )
 
+    def operations(self, slot) -> list[base.Operation]:
+        """The update reads the gradient again for its residual, and the projected one for what it leaves out."""
+        project, update = super().operations(slot)
+        if self.projection.residual == "none":
+            return [project, update]
+        more = slot.param.numel() * slot.grad_dtype.itemsize + base.nbytes(self.projected)
+        return [project, base.Operation("update with residual", update.bytes + more)]
+
 
 class SelectionSite(FrugalSite):
     """Whole columns (or rows) as the subspace: gathered and put back, without products."""
@@ -105,6 +113,15 @@ class SelectionSite(FrugalSite):
                 mine = place[piece.row : piece.stop]
                 torch.where((mine >= 0)[:, None], update[mine.clamp(min=0)], out, out=out)
             self.launch.run(i)
+
+    def operations(self, slot) -> list[base.Operation]:
+        """A selection reads as much as it writes; the pieces of an update stay in the caches."""
+        grad = 0 if self.projection.residual == "none" else slot.param.numel() * slot.grad_dtype.itemsize
+        update = sum(base.weight_bytes(slot)) + base.nbytes(self.update) + grad
+        return [
+            base.Operation("selection", 2 * base.nbytes(self.projected)),
+            base.Operation("update in pieces", update),
+        ]
 
     def _residual(self, grad: torch.Tensor, slot, steps, out: torch.Tensor) -> None:
         """The stateless update of a piece."""

@@ -188,6 +188,7 @@ class FullSite(base.Site):
     """A site that steps its parameter at full size by itself: no low-rank gradient, no launch with other parameters."""
 
     launched = False
+    gradient_reads = 1  # times that a step reads the gradient
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         self.projection, self.entry, self.tensor_id, self.place = projection, entry, tensor_id, place
@@ -207,6 +208,14 @@ class FullSite(base.Site):
         """A state as a PieceLaunch takes it."""
         index = slot.rule.state_names.index(name)
         return slot.state_tensors[index], slot.scale_tensors[index], slot.formats[index]
+
+    def operations(self, slot) -> list[base.Operation]:
+        """All of it, in pieces whose scratch buffers stay in the caches: what is kept is read and written, a projector read."""
+        apart = ("step", "projector", slot.precision.companion)
+        kept = [t for name, t in self.entry.items() if name not in apart]
+        moved = slot.param.numel() * slot.grad_dtype.itemsize * self.gradient_reads + 2 * base.nbytes(*kept)
+        moved += base.nbytes(self.entry.get("projector")) + sum(base.weight_bytes(slot))
+        return [base.Operation("step in pieces", moved)]
 
     def before(self, grad, step, slot, steps) -> None:
         """Everything happens after the launches of directions."""

@@ -33,6 +33,10 @@ class QGaLoreSite(BasisSite):
 
     kept_exactly = False
 
+    def basis_bytes(self) -> float:
+        packed = self.basis()
+        return base.nbytes(packed.codes, packed.scale, packed.zero)
+
     def due(self, step: int) -> bool:
         schedule = self.entry["schedule"]  # steps between refreshes, whether a similarity is unread
         if schedule[1]:

@@ -27,6 +27,12 @@ class WindowSite(FullSite):
         self.pieces = self.pieces_of(slot, steps, self.shape)
         self.launch: PieceLaunch | None = None
 
+    def operations(self, slot) -> list[base.Operation]:
+        """Of the window one row is written."""
+        (whole,) = super().operations(slot)
+        window = base.nbytes(self.entry["window_indices"], self.entry["window_values"])
+        return [base.Operation(whole.name, whole.bytes - window + window / self.projection.window)]
+
     def after(self, grad, slot, steps) -> None:
         scratch, numbers = self.pieces.scratch(steps), steps.scalars.numbers[slot.row]
         if self.launch is None:

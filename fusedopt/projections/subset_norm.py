@@ -84,6 +84,7 @@ class SubsetSite(FullSite):
     """One matrix of Subset-Norm AdamW."""
 
     plain_rule = "sgd"
+    gradient_reads = 2  # for the sums and for the momentum
 
     def bind(self, slot, steps) -> None:
         self.moment = SubsetMoment(self.projection.subset_size, self.shape)

@@ -58,6 +58,11 @@ class SubspaceMomentumSite(FullSite):
         self.low_rank = torch.empty(low_rank, dtype=dtype, device=p.device)  # the projected gradient
         self.average = torch.empty(low_rank, dtype=self.dtype, device=p.device)  # its moving average, decoded
 
+    @property
+    def gradient_reads(self) -> int:
+        """For the projection and for the update; for the sums of subsets once more."""
+        return 2 if self.projection.subset_size is None else 3
+
     def bind(self, slot, steps) -> None:
         self.pieces = self.pieces_of(slot, steps, self.shape)
         self.low_pieces = Pieces(tuple(self.low_rank.shape), slot.param.device, slot.key.backend)
