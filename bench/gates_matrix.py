@@ -1,4 +1,7 @@
-"""Registers, spills, tensor-core instructions and access widths of the Triton kernels on matrices, compiled without a GPU."""
+"""Registers, spills, tensor-core instructions and access widths of the Triton kernels on matrices, compiled without a GPU.
+
+Among them the step of int8 weights, whose matrix is the block of rows that it updates.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mf
 
 
 class MatrixCase(NamedTuple):
-    """kind: product, scaled, project or sums. operands: their dtype. packed: the projector is int4."""
+    """kind: product, scaled, project, sums or weights (int8, updated from fp32 or 16-bit operands). operands: their dtype. packed: the projector is int4."""
 
     kind: str = "product"
     operands: torch.dtype = BF16
@@ -34,9 +37,9 @@ class MatrixCase(NamedTuple):
     tf32: bool = False
 
     def __str__(self) -> str:
-        short = {F32: "f32", BF16: "bf16", F16: "f16"}
+        short = {F32: "f32", BF16: "bf16", F16: "f16", torch.uint8: "u8"}
         text = f"{self.kind} p:{short[self.param]} {short[self.operands]}{' tf32' if self.tf32 else ''}"
-        text += "" if self.kind in ("sums", "project") else f" {self.precision}"
+        text += "" if self.kind in ("sums", "project", "weights") else f" {self.precision}"
         text += f" {self.residual}" if self.residual else ""
         text += f" int4 {self.side}" if self.packed else f" {self.side}" if self.residual else ""
         return text
@@ -71,6 +74,8 @@ CASES = (
     MatrixCase("scaled", operands=F32, param=F32),
     MatrixCase("sums"),
     MatrixCase("sums", operands=F32),
+    MatrixCase("weights", operands=F32, param=torch.uint8),
+    MatrixCase("weights", param=torch.uint8),
 )
 
 COMMON = tuple(
@@ -90,8 +95,8 @@ def register_ceiling(case: MatrixCase, target: str) -> int:
     """
     if target.startswith("gfx"):
         return 256
-    if case.kind in ("scaled", "sums"):
-        return 64 if case.kind == "scaled" else 80
+    if case.kind in ("scaled", "weights", "sums"):
+        return 80 if case.kind == "sums" else 64
     if target == "sm_80" or case.packed or case.precision in ("kahan", "master"):
         return 255 if target == "sm_80" or case.packed else 136
     return 128
@@ -102,6 +107,8 @@ def limits(case: MatrixCase, row: dict) -> list[tuple[str, int, int, int]]:
     out = [("shared memory", row["shared"], 0, SHARED[row["target"][:2]])]
     if case.uses_matrix_units(row["target"]):
         out.append((f"matrix instructions ({row['unit']})", row["matrix_instructions"], 1, 1 << 30))
+    if case.packed and row["target"].startswith("sm_"):  # of each byte the program masks one code and shifts the other
+        out.append(("int4 codes unpacked by a thread", 2 * row["nibbles"], row["packed"], 1 << 30))
     if row["target"].startswith("sm_") and case.kind in ("product", "project"):
         out.append(("16-byte copies to shared memory", row["wide_copies"], 1, 1 << 30))
     return out
@@ -136,8 +143,12 @@ def matrix_work(case: MatrixCase) -> MatrixWork:
 
 def arguments(case: MatrixCase, nvidia: bool):
     """(kernel, compile-time arguments and options, dtypes of the pointers that are given)."""
-    from fusedopt.kernels import matrix, matrix_sums, project
+    from fusedopt.kernels import matrix, matrix_sums, project, weights
 
+    if case.kind == "weights":
+        types = {"codes": torch.uint8, "scale": F32, "zero": torch.uint8, "u": case.operands, "scalars": F32, "found_inf": F32}
+        constants = {"STOCHASTIC": True, "ALIGNED": True, "num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
+        return weights.update_kernel, constants, types
     work = matrix_work(case)
     types = {"p": case.param, "grad": case.operands, "grad_scale": F32, "clip": F32, "scalars": F32, "found_inf": F32}
     if work.companion is not None:
@@ -179,8 +190,8 @@ def compile_case(case: MatrixCase, target: str):
     kernel, constants, types = arguments(case, not hip)
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
     names = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16"}
-    numbers = {"scale": "fp32", "residual_scale": "fp32", "eps": "fp32"}
-    numbers |= dict.fromkeys(("rows", "cols", "rank", "grad_rank", "tensor"), "i32")
+    numbers = dict.fromkeys(("scale", "residual_scale", "eps", "factor"), "fp32")
+    numbers |= dict.fromkeys(("rows", "cols", "rank", "grad_rank", "tensor", "first", "numel"), "i32")
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in types:
@@ -208,6 +219,8 @@ def _needs(case: MatrixCase, target: str) -> dict:
     def accesses(*dtypes: torch.dtype) -> int:
         return sum(elements * dtype.itemsize // 16 for dtype in dtypes)
 
+    if case.kind == "weights":  # 8 elements a thread
+        return {"loads": (8 * case.operands.itemsize // 16, 1), "stores": (0, 1)}
     if case.kind == "sums":
         elements = matrix_sums_piece() // threads
         return {"loads": (accesses(case.operands), 0), "stores": (0, 0)}
@@ -222,6 +235,15 @@ def _needs(case: MatrixCase, target: str) -> dict:
     read = kept if precision.name == "master" else [case.param, *kept]
     read = read + [case.operands] * (case.residual is not None or case.kind == "scaled")
     return {"loads": (accesses(*read), eights), "stores": (accesses(case.param, *kept), eights)}
+
+
+def packed_elements(case: MatrixCase) -> int:
+    """Of a tile of the int4 operand, for each of its threads on NVIDIA."""
+    if not case.packed:
+        return 0
+    constants = arguments(case, True)[1]
+    side = constants["BM"] if (case.side == "left") else constants["BN"]
+    return side * constants["BK"] // (32 * constants["num_warps"])
 
 
 def matrix_sums_piece() -> int:
@@ -243,6 +265,8 @@ def _resources(job: tuple[MatrixCase, str]) -> dict:
         "shared": kernel.metadata.shared,
         "unit": UNITS.get(target, ""),
         "matrix_instructions": len(re.findall(rf"\b{UNITS[target]}[._ ]", text)) if target in UNITS else 0,
+        "nibbles": 0 if hip else len(re.findall(r"\band\.b(?:16|32)\s[^;]*, 15;", kernel.asm["ptx"])),
+        "packed": packed_elements(case),
         "wide_copies": len(re.findall(r"\bLDGSTS\.E\S*128", text)),
         "needs": _needs(case, target),
     }
@@ -250,7 +274,7 @@ def _resources(job: tuple[MatrixCase, str]) -> dict:
 
 def resources(targets=None, cases=CASES, workers: int = 2) -> list[dict]:
     """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits: count}), unit
-    and matrix_instructions (how many of it), wide_copies (16-byte copies to shared memory), needs (`_needs`).
+    and matrix_instructions (how many of it), wide_copies (16-byte copies to shared memory), nibbles (masks of a 4-bit code in the PTX), packed (`packed_elements`), needs (`_needs`).
 
     targets: None for sm_90, and all TARGETS for COMMON cases, which keeps this under a minute. Not under TRITON_INTERPRET=1.
     """

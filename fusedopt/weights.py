@@ -415,7 +415,7 @@ def update_rows(
         update_kernel[(tiles,)](
             weight.codes, weight.scale, weight.zero, u, scalars, found_inf, elements.start, n, tensor_id, scale,
             STOCHASTIC=stochastic, ALIGNED=weight.codes.data_ptr() % 16 == 0 and u.data_ptr() % 16 == 0,
-            num_warps=8 if torch.version.hip is None else 4,
+            num_warps=8 if torch.version.hip is None else 4, enable_fp_fusion=True,
         )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
 

@@ -80,7 +80,14 @@ def test_matrix_units_and_shared_memory(rows):
                 wrong.append((row["kernel"], row["target"], what, value))
     assert not wrong
     units = {f"matrix instructions ({name})" for name in ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")}
-    assert checked == units | {"shared memory", "16-byte copies to shared memory"}
+    assert checked == units | {"shared memory", "16-byte copies to shared memory", "int4 codes unpacked by a thread"}
+
+
+def test_only_packed_projectors_are_unpacked(rows):
+    """Their codes are decoded between memory and the matrix unit, as many as the operand's tile has."""
+    dense = [row["nibbles"] for row in rows if not cases()[row["kernel"]].packed]
+    packed = [row["nibbles"] for row in rows if cases()[row["kernel"]].packed and row["target"] != "gfx942"]
+    assert max(dense) < 8 < 16 <= min(packed)  # a few masks of thread numbers look the same
 
 
 def test_wide_accesses(rows):
