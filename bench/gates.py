@@ -24,7 +24,7 @@ from fusedopt.backends.select import backend_names, get_backend
 from fusedopt.rule import get_rule
 
 OK, FAIL, UNCHECKED = "ok", "FAIL", "not checked"
-PARTS = ("bytes", "launches", "cuda", "triton", "matrix")
+PARTS = ("bytes", "launches", "projected", "cuda", "triton", "matrix")
 # Registers of a thread that leave room for 512 threads on an SM (65536 registers): with 8 elements each of int8 AdamW on
 # bf16 they have 24 KB in flight, and an H200 needs about 25 KB for its bandwidth.
 REGISTERS = 128
@@ -156,6 +156,19 @@ def bytes_gates(device: torch.device) -> list[Gate]:
     return rows
 
 
+def projected_gates(device: torch.device, elements: int = 1 << 20) -> list[Gate]:
+    """Projected and factored optimizers: launches and products counted and planned, bytes as planned (gates_projected)."""
+    module = importlib.import_module("bench.gates_projected")
+    rows = []
+    for name, why in available_backends(device).items():
+        if why is not None:
+            rows.append(Gate("projected", f"{name}, {device.type} tensors", "-", "-", UNCHECKED, why))
+            continue
+        for what, found, expected in module.launch_rows(name, device, counted, elements):
+            rows.append(Gate("projected", what, found, expected, OK if found == expected else FAIL))
+    return rows + [_bound("projected", *row) for row in module.bytes_rows(device)]
+
+
 def _bound(part: str, what: str, value: float, limit: float, note: str) -> Gate:
     """Limits are given to two decimals, and step counts add a few bytes to the states of a tensor."""
     return Gate(part, what, f"{value:.2f}", f"{limit:.2f}", OK if value <= limit + 0.01 else FAIL, note)
@@ -278,6 +291,7 @@ def check(parts=PARTS, device: torch.device | None = None, archs: list[str] | No
     runs = {
         "bytes": lambda: bytes_gates(device),
         "launches": lambda: launch_gates(device),
+        "projected": lambda: projected_gates(device),
         "cuda": lambda: cuda_gates(archs),
         "triton": lambda: triton_gates(archs),
         "matrix": lambda: matrix_gates(archs),
@@ -297,10 +311,10 @@ def check(parts=PARTS, device: torch.device | None = None, archs: list[str] | No
 
 def table(rows: list[Gate]) -> str:
     width = max((len(row.what) for row in rows), default=4)
-    lines = [f"{'part':9}{'gate':{width}}  {'value':>20}  {'limit':>15}  status"]
+    lines = [f"{'part':11}{'gate':{width}}  {'value':>20}  {'limit':>15}  status"]
     for row in rows:
         note = f"  ({row.note})" if row.note else ""
-        lines.append(f"{row.part:9}{row.what:{width}}  {row.value:>20}  {row.limit:>15}  {row.status}{note}")
+        lines.append(f"{row.part:11}{row.what:{width}}  {row.value:>20}  {row.limit:>15}  {row.status}{note}")
     counts = {s: sum(row.status == s for row in rows) for s in (OK, FAIL, UNCHECKED)}
     lines.append(", ".join(f"{n} {s}" for s, n in counts.items()))
     return "\n".join(lines)

@@ -146,7 +146,14 @@ def arguments(case: MatrixCase, nvidia: bool):
     from fusedopt.kernels import matrix, matrix_sums, project, weights
 
     if case.kind == "weights":
-        types = {"codes": torch.uint8, "scale": F32, "zero": torch.uint8, "u": case.operands, "scalars": F32, "found_inf": F32}
+        types = {
+            "codes": torch.uint8,
+            "scale": F32,
+            "zero": torch.uint8,
+            "u": case.operands,
+            "scalars": F32,
+            "found_inf": F32,
+        }
         constants = {"STOCHASTIC": True, "ALIGNED": True, "num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
         return weights.update_kernel, constants, types
     work = matrix_work(case)

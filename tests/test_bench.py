@@ -226,6 +226,34 @@ def test_launch_gates_hold():
     assert all(row.note for row in rows if row.status == gates.UNCHECKED)
 
 
+def test_projected_gates_hold():
+    rows = gates.projected_gates(CPU, 1 << 12)
+    assert not [row for row in rows if row.status == gates.FAIL]
+    assert sum(row.status == gates.OK for row in rows) >= 26
+    (galore,) = [row for row in rows if row.what.startswith("galore_adamw bf16 states")]
+    assert galore.value == "11.00" and "physical limit 9.00" in galore.note
+
+
+def test_projected_gates_see_what_falls_short(monkeypatch):
+    """A site that writes its full-size update, and one that projects twice."""
+    from fusedopt.projections import base, galore
+
+    real, before = base.Site.operations, galore.BasisSite.before
+    written = base.Operation("written", 8 * 512 * 512)
+    monkeypatch.setattr(base.Site, "operations", lambda self, slot: [*real(self, slot)[:2], written])
+    found = {row.what: row.status for row in gates.projected_gates(CPU, 1 << 12) if "galore_adamw" in row.what}
+    assert found["galore_adamw bf16 states, p and g bf16, rank m/4"] == gates.FAIL
+    monkeypatch.setattr(base.Site, "operations", real)
+
+    def twice(self, *args):
+        before(self, *args)
+        before(self, *args)
+
+    monkeypatch.setattr(galore.BasisSite, "before", twice)
+    rows = [row for row in gates.projected_gates(CPU, 1 << 12) if row.what.endswith("counted")]
+    assert rows and {row.status for row in rows} == {gates.FAIL}
+
+
 def test_resource_gates_see_what_falls_short():
     row = {"kernel": "Adam", "arch": "sm_90", "registers": 80, "spills": 0}
     row |= {"loads": {128: 8, 64: 2}, "stores": {128: 6, 64: 2}}
