@@ -57,7 +57,8 @@ def compile_unit(source: Path, arch: str, gen: Path, output: Path) -> Path:
 
 
 def _name(symbol: str) -> str:
-    """_ZN2fo11step_kernelINS_4AdamELb1EEEv... -> "Adam probe"; codec_kernel's by what it does, squares_kernel's by its type, others by their own."""
+    """_ZN2fo11step_kernelINS_4AdamELb1EEEv... -> "Adam probe"; codec_kernel's by what it does, squares_kernel's by its type,
+    others by their own."""
     if found := re.match(r"_ZN2fo\d+step_kernelINS_\d+(\w+?)ELb([01])E", symbol):
         return found[1] + (" probe" if found[2] == "1" else "")
     if found := re.match(r"_ZN2fo\d+codec_kernelILb([01])E", symbol):

@@ -25,7 +25,8 @@ UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mf
 
 
 class MatrixCase(NamedTuple):
-    """kind: product, scaled, project, sums or weights (int8, updated from fp32 or 16-bit operands). operands: their dtype. packed: the projector is int4."""
+    """kind: product, scaled, project, sums or weights (int8, updated from fp32 or 16-bit operands). operands: their dtype.
+    packed: the projector is int4."""
 
     kind: str = "product"
     operands: torch.dtype = BF16
@@ -281,7 +282,8 @@ def _resources(job: tuple[MatrixCase, str]) -> dict:
 
 def resources(targets=None, cases=CASES, workers: int = 2) -> list[dict]:
     """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits: count}), unit
-    and matrix_instructions (how many of it), wide_copies (16-byte copies to shared memory), nibbles (masks of a 4-bit code in the PTX), packed (`packed_elements`), needs (`_needs`).
+    and matrix_instructions (how many of it), wide_copies (16-byte copies to shared memory), nibbles (masks of a 4-bit
+    code in the PTX), packed (`packed_elements`), needs (`_needs`).
 
     targets: None for sm_90, and all TARGETS for COMMON cases, which keeps this under a minute. Not under TRITON_INTERPRET=1.
     """

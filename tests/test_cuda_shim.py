@@ -341,13 +341,13 @@ def test_sums_of_squares(cuda, library, dtype):
 
 def test_sums_refuse_what_the_kernels_do_not_take(cuda):
     grad, row = torch.ones(6, 8), torch.zeros(6)
-    for given, message in (
+    for tensors, message in (
         ((grad.t(), None, None), "grad"),
         ((grad, torch.zeros(8), None), "row_out"),
         ((row, None, None), "matrix"),
     ):
         with pytest.raises(ValueError, match=message):
-            cuda.row_col_sums(*given)
+            cuda.row_col_sums(*tensors)
     with pytest.raises(ValueError, match="without elements"):
         cuda.row_col_sums(grad[:0], row[:0], None)
 

@@ -19,7 +19,10 @@ PIECE = tl.constexpr(16)
 
 
 @triton.jit
-def projector_tile(stored, component, place, rank, depth, key, scale, TYPE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, K8: tl.constexpr):  # fmt: skip
+def projector_tile(
+    stored, component, place, rank, depth, key, scale,
+    TYPE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, K8: tl.constexpr,
+):  # fmt: skip
     """(R, K) of TYPE from (component, place) on: loaded where there is a matrix [rank, depth], else drawn. place: a multiple
     of 4. What is drawn outside meets only zeros of the gradient, or parts of the result that are not stored."""
     if stored is not None:
