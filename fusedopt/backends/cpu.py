@@ -78,16 +78,18 @@ class CpuBackend(NativeBackend):
         self._scratch.give_back(scratch)
         return True
 
-    def project(self, grad: torch.Tensor, projector: torch.Tensor, side: str, out: torch.Tensor) -> bool:
+    def project(
+        self, grad: torch.Tensor, projector: torch.Tensor, side: str, out: torch.Tensor, rough: bool = False
+    ) -> bool:
         """out = projector^T @ grad (side "left": [rank, cols] from a projector [rows, rank]) or grad @ projector^T
         (side "right": [rows, rank] from [rank, cols]). fp32, bf16 or fp16, accumulated in fp32; precision as in
-        `apply_matrix`. False, and nothing done, for fp64."""
+        `apply_matrix`, or rough: fp32 operands rounded to bf16. False, and nothing done, for fp64."""
         if torch.float64 in (grad.dtype, projector.dtype, out.dtype):
             return False
         right, rank = cpu_matrix.project_shape(grad, projector, side)
         threads = torch.get_num_threads()
         scratch = self._scratch.take(native.project_scratch(right, *grad.shape, rank, threads))
-        native.project(cpu_matrix.pack_project(grad, projector, side, out, scratch, threads, self._isa))
+        native.project(cpu_matrix.pack_project(grad, projector, side, out, scratch, threads, self._isa, rough))
         self._scratch.give_back(scratch)
         return True
 

@@ -131,7 +131,9 @@ def project_shape(grad: torch.Tensor, projector: torch.Tensor, side: str) -> tup
     return side == "right", projector.shape[0 if side == "right" else 1]
 
 
-def pack_project(grad, projector, side: str, out, scratch: torch.Tensor, threads: int, isa: int) -> bytes:
+def pack_project(
+    grad, projector, side: str, out, scratch: torch.Tensor, threads: int, isa: int, rough: bool = False
+) -> bytes:
     right, rank = project_shape(grad, projector, side)
     rows, cols = grad.shape
     addresses = (
@@ -140,7 +142,16 @@ def pack_project(grad, projector, side: str, out, scratch: torch.Tensor, threads
         address("out", out, (rows, rank) if right else (rank, cols)),
         scratch.data_ptr(),
     )
-    codes = int(right), _code(grad), _code(projector), _code(out), int(low_precision()), threads, isa, _PROJECT.size
+    codes = (
+        int(right),
+        _code(grad),
+        _code(projector),
+        _code(out),
+        int(rough or low_precision()),
+        threads,
+        isa,
+        _PROJECT.size,
+    )
     return _PROJECT.pack(*addresses, rows, cols, rank, *codes)
 
 

@@ -24,11 +24,12 @@ def _onednn():
 
 
 _linear = _onednn()
+FAST = _linear is not None
 
 
 def mm(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """A @ B of one dtype; the result may be the transposed view of a dense matrix. A large operand is never copied if A or
-    A^T is contiguous."""
+    """A @ B of one dtype; the result may be the transposed view of a dense matrix. The larger operand is never copied if
+    it or its transpose is contiguous."""
     if (
         _linear is None
         or A.dtype != torch.float32
@@ -37,6 +38,6 @@ def mm(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         or min(A.shape[0], A.shape[1], B.shape[1]) < 2
     ):
         return torch.mm(A, B)
-    if A.is_contiguous():
-        return _linear(A, B.t(), None, "none", [], "")
+    if A.is_contiguous() or A.numel() < B.numel():
+        return _linear(A.contiguous(), B.t(), None, "none", [], "")
     return _linear(B.t().contiguous(), A, None, "none", [], "").t()

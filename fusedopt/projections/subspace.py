@@ -12,8 +12,9 @@ import math
 
 import torch
 
+from fusedopt.backends.select import get_backend
 from fusedopt.precision import philox_words
-from fusedopt.projections.matmul import AVX512, mm
+from fusedopt.projections.matmul import FAST, mm
 from fusedopt.projections.seeds import generator
 
 SIDES = ("left", "right")
@@ -21,7 +22,8 @@ _STREAM = 0xFE  # of the Philox counter: no parameter or state draws from it, an
 _DRAWN = 1 << 15  # counters of random projectors at a time
 _JITTER = (
     1 / 32
-)  # Gaussian share of a warm start's columns: finds what is orthogonal to the old basis, costs 1e-3 of accuracy
+)  # random share of a warm start's columns: finds what is orthogonal to the old basis, for 1e-3 of accuracy
+_BLOCK = 256
 
 
 def _check(shape, rank: int, side: str, what: str) -> None:
@@ -47,9 +49,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.no_grad()
 def project(G: torch.Tensor, P: torch.Tensor, side: str) -> torch.Tensor:
     """R = P^T G [r, cols] (left) or G P^T [rows, r] (right) in P's dtype, G in any dtype."""
-    if G.dtype == P.dtype:
-        return mm(P.t().contiguous(), G) if side == "left" else mm(G, P.t()).contiguous()
-    return _multiply(G, P, True).t().contiguous() if side == "left" else _multiply(G, P.t(), False)
+    return _product(G, P, side)
 
 
 @torch.no_grad()
@@ -87,12 +87,17 @@ def refresh_basis(
     tensor_id: int,
     step: int,
     oversample: int = 8,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    basis_out: torch.Tensor | None = None,
+    projected_out: torch.Tensor | None = None,
+    with_projected: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(P, R): the leading singular vectors of G, in descending order, and the projected gradient, fp32 (fp64 for fp64).
 
     G: [rows, cols], fp64, fp32, bf16 or fp16. old: the last basis of this shape. With it the cost is three products of G and
-    rank + oversample columns, the projection included; without it, four (one power iteration more). Temporaries: a few times
-    (rows + cols) * (rank + oversample) elements.
+    rank + oversample columns, the projection included; without it, four (one power iteration more).
+    basis_out takes P in its own dtype and may be `old` itself; projected_out takes R; both contiguous. R is None without
+    with_projected. Temporaries beside those that are returned: about (rows + cols) * (rank + oversample) fp32 numbers, a byte
+    for each of side's, some hundred rows of one of them in fp64 and a few squares of rank + oversample.
 
     The same inputs and (seed, tensor_id, step) give the same basis; torch's global generators are not used. Each vector
     points the way of the old one with its number; without old its largest entry is positive.
@@ -103,59 +108,82 @@ def refresh_basis(
     if oversample < 0:
         raise ValueError(f"refresh_basis: oversample {oversample} is negative")
     dtype, left = compute_dtype(G.dtype), side == "left"
-    width = min(rank + oversample, *G.shape)
-    size, other = (G.shape[0], G.shape[1]) if left else (G.shape[1], G.shape[0])
+    width, opposite = min(rank + oversample, *G.shape), "right" if left else "left"
     gen = generator(G.device, seed, tensor_id, step)
-    noise = _gaussian(size, width, dtype, gen)  # columns of about unit length
 
+    def shape(of: str, vectors: int) -> tuple[int, int]:
+        return (G.shape[0], vectors) if of == "left" else (vectors, G.shape[1])
+
+    noise = _noise(shape(side, width), gen)
+    filling = _columns(noise, side)
+    before = None if old is None else _columns(old, side)
     if old is None:
-        sketch, valid = _orthonormalise(_multiply(G, _gaussian(other, width, dtype, gen), not left, rough=True), None)
+        omega = _scaled(_noise(shape(opposite, width), gen), opposite, dtype)
+        sketch = _product(G, omega, opposite, rough=True)
+        del omega
+        valid = _orthonormalise(_columns(sketch, side))
     else:
-        basis = (old if left else old.t()).to(dtype)
-        sketch, valid = noise.clone(), None
-        sketch[:, :rank].mul_(_JITTER).add_(basis)
-    Z = _multiply(G, sketch, left, rough=True)
+        sketch, valid = _scaled(noise, side, dtype), True
+        _columns(sketch, side)[:, :rank].mul_(_JITTER).add_(before)
+    Z = _product(G, sketch, side, rough=True)
     del sketch
-    # Cholesky-QR of Z would cost 8 % of a refresh; a warm start's columns are near singular vectors, so lengths are enough.
-    norms = torch.linalg.vector_norm(Z, dim=0, dtype=torch.float64)
-    finite = torch.isfinite(norms.sum()) & (norms.sum() > 0)
-    valid = finite if valid is None else finite & valid
     if old is None:
-        Z, _ = _orthonormalise(Z, None)
+        valid = _orthonormalise(_columns(Z, opposite)) & valid
     else:
-        Z *= torch.where(norms == 0, torch.zeros_like(norms), 1 / norms).to(dtype)
-    Y = _multiply(G, Z, not left, rough=True)
+        # Cholesky-QR of Z would cost 8 % of a refresh; a warm start's columns are near singular vectors, so that their lengths
+        # differ as those of Y do, which are dealt with there. The largest entry is taken out against over- and underflow.
+        low, high = torch.aminmax(Z)
+        largest = torch.maximum(high, -low)
+        valid = torch.isfinite(largest) & (largest > 0)
+        Z.div_(largest)
+    Q = _product(G, Z, opposite, exact_range=True)
     del Z
+    basis = _columns(Q, side)
 
     # Where G is not to be used, the basis is that of [old | noise], and R = old^T G.
-    if old is None:
-        Y = torch.where(valid, Y, noise)
-    else:
-        Y = torch.cat([torch.where(valid, Y[:, :rank], basis), torch.where(valid, Y[:, rank:], noise[:, rank:])], 1)
-    Q, _ = _orthonormalise(Y, noise)
-    del Y
-    B = _multiply(G, Q, left)  # Q^T G, transposed
+    def fill(rows: slice) -> torch.Tensor:
+        block = _scale_noise(filling[rows].to(dtype), len(filling))
+        if before is not None:
+            block[:, :rank] = torch.where(valid, block[:, :rank], before[rows])
+        return block
+
+    valid = _orthonormalise(basis, valid, fill) & valid
+    B = _product(G, Q, side)
 
     # Rayleigh-Ritz in the span of Q, whose Gram matrix is still only near I: the second pass of Cholesky-QR on small matrices.
-    Q = Q.double()
-    T = _inverse_factor(Q.t() @ Q)[0]
-    M = T.t() @ _gram(B) @ T
+    T = _inverse_factor(_gram(basis))[0]
+    M = T.t() @ _rough_gram(_columns(B, opposite)) @ T
     M = (M + M.t()) / 2
     usable = valid & torch.isfinite(M).all()
     M = torch.where(usable, M, torch.diag(torch.arange(width, 0, -1, dtype=M.dtype, device=M.device)))
     W = T @ torch.linalg.eigh(M)[1].flip(1)[:, :rank]
-    P = Q @ W
-    if old is None:
-        pivot = P.gather(0, P.abs().argmax(0, keepdim=True))[0]
-    else:
-        pivot = torch.where(usable, (P * basis).sum(0), 1)
-    sign = torch.where(pivot < 0, -1.0, 1.0).to(P.dtype)
-    P, W = (P * sign).to(dtype), (W * sign).to(dtype)
-    if left:
-        R = mm(W.t().contiguous(), B.t())
-    else:
-        P, R = P.t().contiguous(), mm(B, W).contiguous()
-    return (P if old is None else torch.where(usable, P, old.to(dtype))), R
+    del T, M
+
+    # P = Q W takes the place of Q.
+    rotation, pivot = W.to(dtype), torch.zeros(rank, dtype=W.dtype, device=W.device)
+    for rows in _row_slices(basis):
+        block = _times(_block(basis, rows, dtype), rotation)
+        basis[rows, :rank] = block
+        if before is not None:
+            pivot += (block * before[rows]).sum(0)
+    new = basis[:, :rank]
+    pivot = new.amax(0) + new.amin(0) if before is None else torch.where(usable, pivot, 1)
+    sign = torch.where(pivot < 0, -1.0, 1.0).to(dtype)
+    if basis_out is None:
+        basis_out = Q.new_empty(shape(side, rank))
+    target = _columns(basis_out, side)
+    for rows in _row_slices(new):
+        block = new[rows] * sign
+        target[rows] = block if before is None else torch.where(usable, block, before[rows].to(dtype))
+    del Q, basis, new
+    if not with_projected:
+        return basis_out, None
+    rotation *= sign
+    if projected_out is None:
+        projected_out = B.new_empty(shape(opposite, rank))
+    # R = W^T B (left) or B W (right): the projection of B by W
+    _product(B, rotation if left else rotation.t().contiguous(), side, out=projected_out)
+    return basis_out, projected_out
 
 
 @torch.no_grad()
@@ -227,49 +255,136 @@ def _check_old(old: torch.Tensor | None, shape, rank: int, side: str, what: str)
         )
 
 
-def _gaussian(size: int, width: int, dtype: torch.dtype, gen: torch.Generator) -> torch.Tensor:
-    return torch.randn(size, width, generator=gen, device=gen.device, dtype=dtype).mul_(size**-0.5)
+def _noise(shape: tuple[int, int], gen: torch.Generator) -> torch.Tensor:
+    """Evenly distributed int8: a quarter of a Gaussian sketch's memory and a third of the time to draw it."""
+    numel = shape[0] * shape[1]
+    words = torch.randint(-(2**31), 2**31 - 1, (-(-numel // 4),), generator=gen, dtype=torch.int32, device=gen.device)
+    return words.view(torch.int8)[:numel].view(shape)
 
 
-def _multiply(G: torch.Tensor, X: torch.Tensor, transpose: bool, rough: bool = False) -> torch.Tensor:
-    """G^T X or G X in X's dtype. 16-bit G: by blocks of rows in X's dtype, no larger than X or the result.
+def _scale_noise(x: torch.Tensor, size: int) -> torch.Tensor:
+    """In place: columns of about unit length from `size` integers each."""
+    return x.add_(0.5).mul_((size * (2**16 - 1) / 12) ** -0.5)
 
-    rough: bf16 throughout where that is fast, for sketches: 4 times faster than blocks on an AVX-512 CPU for 1e-5 of the
-    energy; on other CPUs torch's bf16 products are scalar loops. fp16 would overflow.
+
+def _scaled(noise: torch.Tensor, side: str, dtype: torch.dtype) -> torch.Tensor:
+    return _scale_noise(noise.to(dtype), len(_columns(noise, side)))
+
+
+def _columns(X: torch.Tensor, side: str) -> torch.Tensor:
+    """The vectors of a matrix that is shaped as a basis of a side, as columns."""
+    return X if side == "left" else X.t()
+
+
+def _row_slices(V: torch.Tensor) -> list[slice]:
+    """Blocks of rows whose temporaries are small; no more than 16, for the sake of a GPU's launches."""
+    block = max(_BLOCK, -(-len(V) // 16))
+    return [slice(i, i + block) for i in range(0, len(V), block)]
+
+
+def _native(G: torch.Tensor, X: torch.Tensor):
+    """The CPU backend where it takes the product: no torch product of these shapes is faster but oneDNN's, by little."""
+    if G.device.type != "cpu" or torch.float64 in (G.dtype, X.dtype) or not G.is_contiguous():
+        return None
+    backend = get_backend("cpu")
+    return backend if backend.reason() is None else None
+
+
+def _product(
+    G: torch.Tensor, X: torch.Tensor, side: str, *, rough=False, exact_range=False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """X^T G [n, cols] (left; X [rows, n]) or G X^T [rows, n] (right; X [n, cols]) in X's dtype.
+
+    rough: in bf16 where that is faster, for the first products of a range finder, which have noise in them anyway.
+    exact_range: only X may be rounded, so that the result's columns (left: rows) are combinations of G's to fp32's precision.
     """
+    onednn = FAST and side == "right" and G.dtype == torch.float32 and not rough and out is None  # a sixth faster
+    if not onednn and (backend := _native(G, X)) is not None:
+        out = (
+            X.new_empty((X.shape[1], G.shape[1]) if side == "left" else (G.shape[0], X.shape[0]))
+            if out is None
+            else out
+        )
+        factor = X.to(G.dtype) if G.dtype == torch.bfloat16 and (rough or exact_range) else X
+        backend.project(G, factor, side, out, rough=rough and G.dtype != torch.float16)
+        return out
+    left = side == "left"
     if G.dtype == X.dtype:
-        return mm(G.t() if transpose else G, X)
-    if rough and G.dtype == torch.bfloat16 and (G.is_cuda or AVX512):
-        return torch.mm(G.t() if transpose else G, X.to(G.dtype)).to(X.dtype)
+        result = mm(X.t(), G) if left else mm(G, X.t())
+    elif (rough or exact_range) and G.is_cuda and G.dtype == torch.bfloat16:
+        factor = X.to(G.dtype)
+        result = (torch.mm(factor.t(), G) if left else torch.mm(G, factor.t())).to(X.dtype)
+    else:
+        return _by_blocks(G, X, side, out)
+    return result.contiguous() if out is None else out.copy_(result)
+
+
+def _by_blocks(G: torch.Tensor, X: torch.Tensor, side: str, out: torch.Tensor | None) -> torch.Tensor:
+    """_product of a G of another dtype, some rows of which are converted at a time."""
     rows, cols = G.shape
-    out = X.new_zeros(cols if transpose else rows, X.shape[1])
-    block = min(rows, max(64, max(rows, cols) * X.shape[1] // max(cols, 1)))
-    buffer = X.new_empty(block, cols)
-    for start in range(0, rows, block):
-        part = G[start : start + block]
-        wide = buffer[: len(part)].copy_(part)
-        if transpose:
-            out.addmm_(wide.t(), X[start : start + block])
+    if out is None:
+        out = X.new_empty((X.shape[1], cols) if side == "left" else (rows, X.shape[0]))
+    if side == "left":
+        out.zero_()
+    size = max(64, rows // 64) if G.is_cuda else max(1, min(rows, _BLOCK * 128 // cols))
+    buffer = X.new_empty(min(size, rows), cols)
+    for first in range(0, rows, size):
+        part = slice(first, min(first + size, rows))
+        wide = buffer[: part.stop - first].copy_(G[part])
+        if side == "left":
+            out.addmm_(X[part].t(), wide)
         else:
-            torch.mm(wide, X, out=out[start : start + block])
+            torch.mm(wide, X.t(), out=out[part])
     return out
 
 
-def _gram(X: torch.Tensor) -> torch.Tensor:
-    X = X.double()
-    return X.t() @ X
+def _block(V: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows of V in a dtype, in V's order of memory. (Tensor.to would transpose a part of wide rows seen as columns.)"""
+    return V[rows].to(dtype) if V.stride(1) == 1 else V.t()[:, rows].to(dtype).contiguous().t()
 
 
-def _orthonormalise(Y: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Q, valid): one pass of Cholesky-QR in fp64. Columns that depend on earlier ones become noise (or 0 without it)."""
-    wide = Y.double()
-    C = wide.t() @ wide
+def _times(block: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """block W in the block's order of memory."""
+    return mm(block, W) if block.stride(1) == 1 else mm(W.t(), block.t()).t()
+
+
+def _gram(V: torch.Tensor) -> torch.Tensor:
+    """V^T V, added up in fp64."""
+    C = torch.zeros(V.shape[1], V.shape[1], dtype=torch.float64, device=V.device)
+    for rows in _row_slices(V):
+        block = _block(V, rows, torch.float64)
+        C.addmm_(block.t(), block)
+    return C
+
+
+def _rough_gram(V: torch.Tensor) -> torch.Tensor:
+    """The same with products in fp32 of columns of unit length: each element has an error of 1e-7 of its two columns' lengths,
+    as V has where it is a product in fp32."""
+    C = torch.zeros(V.shape[1], V.shape[1], dtype=torch.float64, device=V.device)
+    parts = [torch.linalg.vector_norm(V[rows], dim=0, dtype=torch.float64).square() for rows in _row_slices(V)]
+    lengths = sum(parts).sqrt()
+    unit = torch.where(lengths > 0, 1 / lengths, 0).to(V.dtype)
+    for rows in _row_slices(V):
+        block = _block(V, rows, V.dtype) * unit
+        C += mm(block.t(), block)
+    return C * lengths[:, None] * lengths
+
+
+def _orthonormalise(V: torch.Tensor, valid=None, fill=None) -> torch.Tensor:
+    """One pass of Cholesky-QR of V's columns, in place, in fp64. Returns whether V was finite and not 0.
+
+    Columns that depend on earlier ones become those of fill(rows), or 0 without it; all of them where V is not valid.
+    """
+    C = _gram(V)
     total = C.diagonal().sum()
-    T, dependent = _inverse_factor(C)
-    Q = (wide @ T).to(Y.dtype)
-    if noise is not None:
-        Q.addcmul_(noise, dependent.to(Y.dtype))
-    return Q, torch.isfinite(total) & (total > 0)
+    finite = torch.isfinite(total) & (total > 0)
+    valid = finite if valid is None else finite & valid
+    T, dependent = _inverse_factor(torch.where(valid, C, torch.zeros_like(C)))
+    dependent = dependent.to(V.dtype)
+    for rows in _row_slices(V):
+        block = _times(torch.where(valid, _block(V, rows, torch.float64), 0), T)
+        V[rows] = block if fill is None else block.addcmul_(fill(rows), dependent)
+    return finite
 
 
 def _inverse_factor(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
