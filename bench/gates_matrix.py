@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from bench.gates_triton import TARGETS, cuda_listing, cuda_resources, hip_resources
-from fusedopt.backends import triton_matrix
+from fusedopt.backends import triton_matrix, triton_seeded
 from fusedopt.backends.base import Int4Matrix, MatrixWork, RowNumbers
 from fusedopt.precision import get_precision
 
@@ -25,8 +25,9 @@ UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mf
 
 
 class MatrixCase(NamedTuple):
-    """kind: product, scaled, project, sums or weights (int8, updated from fp32 or 16-bit operands). operands: their dtype.
-    packed: the projector is int4."""
+    """kind: product, scaled, project, sums or weights (int8, updated from fp32 or 16-bit operands), or of a random projector:
+    seeded, draw (into memory) or single (rank 1). operands: their dtype. packed: the projector is int4. rank: of a random
+    projector."""
 
     kind: str = "product"
     operands: torch.dtype = BF16
@@ -36,18 +37,19 @@ class MatrixCase(NamedTuple):
     packed: bool = False
     side: str = "left"
     tf32: bool = False
+    rank: int = 0
 
     def __str__(self) -> str:
         short = {F32: "f32", BF16: "bf16", F16: "f16", torch.uint8: "u8"}
         text = f"{self.kind} p:{short[self.param]} {short[self.operands]}{' tf32' if self.tf32 else ''}"
-        text += "" if self.kind in ("sums", "project", "weights") else f" {self.precision}"
+        text += f" {self.precision}" if self.kind in ("product", "scaled") else ""
         text += f" {self.residual}" if self.residual else ""
-        text += f" int4 {self.side}" if self.packed else f" {self.side}" if self.residual else ""
-        return text
+        text += f" int4 {self.side}" if self.packed else f" {self.side}" if self.residual or self.rank else ""
+        return text + (f" rank {self.rank}" if self.rank else "")
 
     def uses_matrix_units(self, target: str) -> bool:
         """AMD's multiply fp32 as well."""
-        multiplies = self.kind in ("product", "project")
+        multiplies = self.kind in ("product", "project", "seeded")
         return multiplies and (self.operands != F32 or self.tf32 or target.startswith("gfx"))
 
     @property
@@ -77,6 +79,12 @@ CASES = (
     MatrixCase("sums", operands=F32),
     MatrixCase("weights", operands=F32, param=torch.uint8),
     MatrixCase("weights", param=torch.uint8),
+    *(MatrixCase("seeded", side=side, rank=rank) for side in ("left", "right") for rank in (16, 128)),
+    *(MatrixCase("seeded", operands=F32, param=F32, side=side, rank=128) for side in ("left", "right")),
+    MatrixCase("seeded", operands=F32, param=F32, side="right", rank=128, tf32=True),
+    *(MatrixCase("single", side=side, rank=1) for side in ("left", "right")),
+    MatrixCase("single", operands=F32, param=F32, side="left", rank=1),
+    MatrixCase("draw", rank=128),
 )
 
 COMMON = tuple(
@@ -96,8 +104,8 @@ def register_ceiling(case: MatrixCase, target: str) -> int:
     """
     if target.startswith("gfx"):
         return 256
-    if case.kind in ("scaled", "weights", "sums"):
-        return 80 if case.kind == "sums" else 64
+    if case.kind in ("scaled", "weights", "draw", "sums", "single"):
+        return 80 if case.kind in ("sums", "single") else 64
     if target == "sm_80" or case.packed or case.precision in ("kahan", "master"):
         return 255 if target == "sm_80" or case.packed else 136
     return 128
@@ -110,7 +118,7 @@ def limits(case: MatrixCase, row: dict) -> list[tuple[str, int, int, int]]:
         out.append((f"matrix instructions ({row['unit']})", row["matrix_instructions"], 1, 1 << 30))
     if case.packed and row["target"].startswith("sm_"):  # of each byte the program masks one code and shifts the other
         out.append(("int4 codes unpacked by a thread", 2 * row["nibbles"], row["packed"], 1 << 30))
-    if row["target"].startswith("sm_") and case.kind in ("product", "project"):
+    if row["target"].startswith("sm_") and case.kind in ("product", "project", "seeded"):
         out.append(("16-byte copies to shared memory", row["wide_copies"], 1, 1 << 30))
     return out
 
@@ -144,7 +152,7 @@ def matrix_work(case: MatrixCase) -> MatrixWork:
 
 def arguments(case: MatrixCase, nvidia: bool):
     """(kernel, compile-time arguments and options, dtypes of the pointers that are given)."""
-    from fusedopt.kernels import matrix, matrix_sums, project, weights
+    from fusedopt.kernels import matrix, matrix_sums, project, seeded, weights
 
     if case.kind == "weights":
         types = {
@@ -168,10 +176,20 @@ def arguments(case: MatrixCase, nvidia: bool):
         parts = ("row_part", "col_part", "total_part", "row_weight", "col_weight", "mul")
         types |= dict.fromkeys(parts, F32)
         return matrix_sums.partial_kernel, triton_matrix.sums_constants(work.grad, nvidia), types
+    if case.kind == "single":
+        types |= {"part": F32, "square_part": F32}
+        return seeded.single_kernel, triton_seeded.single_constants(case.operands, SIZE, case.side, nvidia), types
+    if case.kind == "draw":
+        return seeded.draw_kernel, triton_seeded.draw_constants(SIZE), {"out": case.operands}
     packed = {"": torch.uint8, "_scale": F32, "_zero": torch.uint8}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
     try:
+        if case.kind == "seeded":
+            types |= {"out": case.operands, "squares": F32}
+            types |= {"stored": case.operands} if case.rank > triton_seeded.DRAWN_RANK else {}
+            constants = triton_seeded.seeded_constants(case.operands, SIZE, SIZE, case.rank, case.side, nvidia)
+            return seeded.seeded_kernel, constants, types
         if case.kind == "project":
             types |= {f"code{part or 's'}": dtype for part, dtype in packed.items()} | {"out": case.operands}
             constants = triton_matrix.project_constants(work.grad, int4_matrix(SIZE, SIZE), case.side, nvidia)
@@ -199,7 +217,9 @@ def compile_case(case: MatrixCase, target: str):
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
     names = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16"}
     numbers = dict.fromkeys(("scale", "residual_scale", "eps", "factor"), "fp32")
-    numbers |= dict.fromkeys(("rows", "cols", "rank", "grad_rank", "tensor", "first", "numel"), "i32")
+    numbers |= dict.fromkeys(
+        ("rows", "cols", "rank", "grad_rank", "tensor", "first", "numel", "depth", "seed_low", "seed_high", "step"), "i32"
+    )
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in types:
@@ -229,11 +249,14 @@ def _needs(case: MatrixCase, target: str) -> dict:
 
     if case.kind == "weights":  # 8 elements a thread
         return {"loads": (8 * case.operands.itemsize // 16, 1), "stores": (0, 1)}
-    if case.kind == "sums":
+    if case.kind == "draw":  # 4 numbers a lane on AMD
+        return {"loads": (0, 0), "stores": (1, 0) if nvidia else (0, 1)}
+    if case.kind in ("sums", "single"):
         elements = matrix_sums_piece() // threads
         return {"loads": (accesses(case.operands), 0), "stores": (0, 0)}
-    elements = constants["BM"] * constants["BN"] // threads
-    if case.kind == "project":
+    seeded = case.kind == "seeded"
+    elements = (constants["BR"] * constants["BS"] if seeded else constants["BM"] * constants["BN"]) // threads
+    if seeded or case.kind == "project":
         stores = accesses(case.operands)
         return {"loads": (0 if nvidia else 1, 0), "stores": (stores, 0) if nvidia else (0, 2 * stores)}
     precision = get_precision(case.precision).for_dtype(case.param)
@@ -263,7 +286,9 @@ def matrix_sums_piece() -> int:
 def _resources(job: tuple[MatrixCase, str]) -> dict:
     case, target = job
     kernel = compile_case(case, target)
-    hip = target.startswith("gfx")
+    hip, unit = target.startswith("gfx"), UNITS.get(target, "")
+    if case.kind == "seeded" and case.side == "left" and case.rank <= 16 and not hip:
+        unit = "HMMA"  # the wider units take 64 rows and more
     text = kernel.asm["amdgcn"] if hip else cuda_listing(kernel)
     use = hip_resources(kernel) if hip else cuda_resources(kernel)
     return {
@@ -271,8 +296,8 @@ def _resources(job: tuple[MatrixCase, str]) -> dict:
         "target": target,
         **use,
         "shared": kernel.metadata.shared,
-        "unit": UNITS.get(target, ""),
-        "matrix_instructions": len(re.findall(rf"\b{UNITS[target]}[._ ]", text)) if target in UNITS else 0,
+        "unit": unit,
+        "matrix_instructions": len(re.findall(rf"\b{unit}[._ ]", text)) if unit else 0,
         "nibbles": 0 if hip else len(re.findall(r"\band\.b(?:16|32)\s[^;]*, 15;", kernel.asm["ptx"])),
         "packed": packed_elements(case),
         "wide_copies": len(re.findall(r"\bLDGSTS\.E\S*128", text)),

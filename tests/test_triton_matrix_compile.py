@@ -108,19 +108,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from fusedopt.kernels.matrix import product_kernel, scaled_kernel
+from fusedopt.kernels.seeded import draw_kernel, seeded_kernel, single_kernel
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 
 def specialization(kernel, offset, n, scale):
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     numbers = {"scale": scale, "residual_scale": scale}
-    numbers |= {name: n for name in ("rows", "cols", "rank", "grad_rank", "tensor")}
+    names = ("rows", "cols", "rank", "grad_rank", "tensor", "depth", "step", "seed_low", "seed_high")
+    numbers |= {name: n for name in names}
     matrix, one = torch.zeros(64), torch.zeros(64)[offset:]
     views = dict.fromkeys(("scalars", "grad_scale", "clip", "found_inf"), one)
     given = {p.name: 1 if p.is_constexpr else numbers.get(p.name, views.get(p.name, matrix)) for p in kernel.params}
     return bind(**given)[1]
 
-for kernel in (product_kernel, scaled_kernel):
+for kernel in (product_kernel, scaled_kernel, draw_kernel, seeded_kernel, single_kernel):
     first = specialization(kernel, 0, 1, 1.0)
     assert first == specialization(kernel, 1, 16, 0.25) == specialization(kernel, 3, 17, 2.0)
 """

@@ -10,9 +10,9 @@ from fusedopt.backends.triton_matrix import PROJECT_TILES, arithmetic, element, 
 
 # Up to this rank a program draws the projector where it multiplies; above, the projector is drawn once into memory, where it stays
 # in the L2 cache. A number costs about 35 instructions and is drawn again for every 64 columns: rank / 64 * 35 instructions per
-# element of G, against the 16 (bf16) or 31 (fp32) that an H200 has while it reads one. At 4096 x 4096 and rank 128 that would be
+# element of G, against the 16 (bf16) or 31 (fp32) that an H200 has while it reads one. At 4096 x 4096, bf16 and rank 128 that is
 # 4 times the time of the read; the projector is 3 % of the gradient there. Counted, not measured.
-DRAWN_RANK = 32
+DRAWN_RANK = 16
 DRAW = 256  # numbers of a program that draws into memory
 
 
@@ -28,6 +28,7 @@ def seeded_constants(dtype: torch.dtype, rows: int, cols: int, rank: int, side: 
         "TYPE": element(dtype),
         "COLS8": cols % 8 == 0,
         "DEPTH8": (rows if side == "left" else cols) % 8 == 0,
+        "RANK8": rank % 8 == 0,
         "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
         "BR": components,
         "BS": others,

@@ -35,7 +35,7 @@ def projector_tile(
     return tile
 
 
-@triton.jit(do_not_specialize=["out", "rank", "depth", "seed_low", "seed_high", "tensor", "step"])
+@triton.jit(do_not_specialize=["rank", "depth", "seed_low", "seed_high", "tensor", "step"])
 def draw_kernel(
     out, rank, depth, seed_low, seed_high, tensor, step, scale, DEPTH8: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def draw_kernel(
 @triton.jit(do_not_specialize=["rows", "cols", "rank", "seed_low", "seed_high", "tensor", "step"])
 def seeded_kernel(
     grad, stored, out, squares, rows, cols, rank, seed_low, seed_high, tensor, step, scale,
-    LEFT: tl.constexpr, TYPE: tl.constexpr, COLS8: tl.constexpr, DEPTH8: tl.constexpr,
+    LEFT: tl.constexpr, TYPE: tl.constexpr, COLS8: tl.constexpr, DEPTH8: tl.constexpr, RANK8: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of R, BR components by BS columns (LEFT) or rows. stored: P [rank, rows or cols], or None to draw it here.
@@ -64,6 +64,8 @@ def seeded_kernel(
     """
     if COLS8:
         cols = cols // 8 * 8
+    if RANK8:
+        rank = rank // 8 * 8
     key = (seed_low, seed_high, tensor, step)
     tiles = tl.cdiv(rank, BR)
     component, first = tl.program_id(0) % tiles * BR, tl.program_id(0) // tiles * BS
