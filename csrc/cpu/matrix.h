@@ -63,6 +63,7 @@ FO_HD int64_t right_floats(int64_t columns) { return (kWords + 1) * round_up(col
 constexpr int kApplyCols = 512;   // of a tile: the epilogue sees rows of this length
 constexpr int kApplyRows = 96;    // of a tile where K takes more than one block; a multiple of all row steps
 constexpr int kApplySpan = 384;   // rows of a task
+constexpr int64_t kScaledElements = 1 << 15;  // of a task that scales a gradient, at least a row
 FO_HD int64_t apply_thread_floats(bool residual) {
   return kLeftFloats + (residual ? 2 : 1) * (right_floats(kApplyCols) + int64_t(kApplyRows) * kApplyCols);
 }
