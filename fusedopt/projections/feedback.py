@@ -83,13 +83,11 @@ class ErrorFeedback:
             rest = self[rows] - back
             if self.scale is not None:
                 rest = rest / self.scale.view(())
-            if self.found is not None:
-                rest = torch.where(self.found.view(()) != 0, self._error(rows, slice(None)), rest)
             self._store(rows, rest)
 
     def _store(self, rows: slice, x: torch.Tensor) -> None:
         if self.bits == 32:
-            self.entry["error"][rows] = x
+            self._put("error", rows, x)
             return
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         unit = (high - low) / (2**self.bits - 1)
@@ -97,5 +95,10 @@ class ErrorFeedback:
         if self.bits == 4:
             codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
             codes = codes[:, 0::2] << 4 | codes[:, 1::2]
-        self.entry["error"][rows] = codes
-        self.entry["error_min"][rows], self.entry["error_unit"][rows] = low[:, 0], unit[:, 0]
+        for name, values in (("error", codes), ("error_min", low[:, 0]), ("error_unit", unit[:, 0])):
+            self._put(name, rows, values)
+
+    def _put(self, name: str, rows: slice, values: torch.Tensor) -> None:
+        """What is stored stays bit for bit: encoding its decoded values again would move them."""
+        old = self.entry[name][rows]
+        old.copy_(values if self.found is None else torch.where(self.found.view(()) != 0, old, values))
