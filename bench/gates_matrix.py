@@ -258,7 +258,10 @@ def _needs(case: MatrixCase, target: str) -> dict:
     elements = (constants["BR"] * constants["BS"] if seeded else constants["BM"] * constants["BN"]) // threads
     if seeded or case.kind == "project":
         stores = accesses(case.operands)
-        return {"loads": (0 if nvidia else 1, 0), "stores": (stores, 0) if nvidia or case.operands == F32 else (0, 2 * stores)}
+        return {
+            "loads": (0 if nvidia else 1, 0),
+            "stores": (stores, 0) if nvidia or case.operands == F32 else (0, 2 * stores),
+        }
     precision = get_precision(case.precision).for_dtype(case.param)
     kept = [precision.companion_dtype(case.param)] if precision.companion else []
     eights = elements // 8 if torch.int8 in kept else 0
