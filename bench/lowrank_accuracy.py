@@ -1,9 +1,10 @@
 """What projected and factored optimizers cost in held-out loss, on the demo's byte-level GPT, against fp32 torch AdamW.
 
-Each method first gets a learning rate of the blocks' matrices on a seed of its own: once, twice and four times what its
-recipe has (fusedopt.cli.training), further where the best is at an edge. Then runs over several seeds, paired with AdamW's of
-the same seed. Embeddings, head and norms are stepped by AdamW at one learning rate in all runs (Adafactor: by itself). Every
-run is kept in DIR/lowrank_accuracy.json when it ends; a later call goes on from there. Draws DIR/lowrank_accuracy.png.
+Each method first gets a learning rate of the blocks' matrices on a seed of its own: half, once and twice what its recipe has
+(fusedopt.cli.training), further where the best is at an edge. Then runs over several seeds, paired with AdamW's of the same
+seed. Embeddings, head and norms are stepped by AdamW at one learning rate in all runs (Adafactor and MicroAdam step them
+themselves). Every run is kept in DIR/lowrank_accuracy.json when it ends; a later call goes on from there. Draws
+DIR/lowrank_accuracy.png.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from fusedopt.cli.gpt import GPT
 from fusedopt.cli.table import render
 from fusedopt.cli.training import PROJECTED, RECIPES, TORCH, Setup, build_optimizer
 from fusedopt.factory import projection_of
+from fusedopt.weights import quantize_weights_
 
 SIZE = {"steps": 240, "batch": 8}  # the demo's own otherwise, whose batch is 24
 TUNING = {"steps": 120, "batch": 8}
 TUNING_SEED = 100
-FACTORS = (1.0, 2.0, 4.0)
+FACTORS = (0.5, 1.0, 2.0)
 LIMITS = (0.125, 16.0)  # of factors, where the best one is at an edge
 
 
@@ -39,10 +41,11 @@ class Method:
 
     name: str
     optim: str
-    seeds: int = 2
+    seeds: int = 1
     tuned_as: str = ""
     factor: float = 1.0
     dtype: str = "float32"
+    int8_weights: bool = False  # of the blocks' linear layers
     options: dict = field(default_factory=dict)
 
     def ratio(self) -> float:
@@ -51,19 +54,22 @@ class Method:
         return self.factor * (PROJECTED.get(cls.name, {}).get("ratio", 1.0) if cls else 1.0)
 
     def optimizer(self, model: GPT) -> torch.optim.Optimizer:
+        if self.int8_weights:
+            quantize_weights_(model, filter=lambda name, _: name.startswith("blocks."))
         setup = Setup(None, torch.device("cpu"), 0)
         return build_optimizer(self.optim, model, setup, ratio=self.ratio(), **self.options)
 
 
 BASE = Method("AdamW", TORCH, seeds=5)
-RECIPE = Method("AdamW, the demo's rate", TORCH, seeds=3, tuned_as="-")
+RECIPE = Method("AdamW, the demo's rate", TORCH, seeds=5, tuned_as="-")
 METHODS = [
     BASE,
     RECIPE,
     Method("GaLore, svd", "galore_adamw", 5, "GaLore", options={"method": "svd"}),
     Method("GaLore", "galore_adamw", 5),
     Method("GaLore 8-bit", "galore_adamw8bit", 5, "GaLore"),
-    Method("Q-GaLore, fp32 weights", "qgalore_adamw8bit", 3, "GaLore"),
+    Method("Q-GaLore, fp32 weights", "qgalore_adamw8bit", 1, "GaLore"),
+    Method("Q-GaLore, int8 weights", "qgalore_adamw8bit", 1, "GaLore", int8_weights=True),
     Method("FRUGAL", "frugal_adamw"),
     Method("DCT", "dct_adamw"),
     Method("APOLLO", "apollo_adamw"),
@@ -72,6 +78,7 @@ METHODS = [
     Method("Subspace-Momentum", "subspace_momentum_adamw"),
     Method("Conda", "conda_adamw"),
     Method("Adafactor", "adafactor"),
+    Method("MicroAdam", "microadam"),
 ]
 
 
@@ -94,30 +101,32 @@ def tuning(method: Method, runs: dict) -> tuple[list[float], float | None]:
     return [], best
 
 
+def tuner(method: Method) -> Method | None:
+    """The method whose learning rate a method takes."""
+    return next((m for m in METHODS if m.name == (method.tuned_as or method.name)), None)
+
+
 def wanted(runs: dict, quick: bool) -> list[tuple]:
-    """(key, function, arguments) of the runs that can be made now and are missing."""
+    """(key, function, arguments) of the runs that can be made now and are missing, the same seeds of all methods together."""
     sizes = [{**size, "steps": 3} if quick else size for size in (TUNING, SIZE)]
-    found = []
+    found, last = [], []
     for m in METHODS:
-        factor = 1.0
-        if m.tuned_as != "-":
-            own = next(o for o in METHODS if o.name == (m.tuned_as or m.name))
-            missing, factor = tuning(own, runs)
-            if own is m:
-                found += [(("tune", m.name, f), train, (replace(m, factor=f), sizes[0], TUNING_SEED)) for f in missing]
+        own = tuner(m)
+        missing, factor = tuning(own, runs) if own else ([], 1.0)
+        if own is m:
+            found += [(("tune", m.name, f), train, (replace(m, factor=f), sizes[0], TUNING_SEED)) for f in missing]
         if factor is not None:
-            mine = [
+            last += [
                 (("main", m.name, seed), train, (replace(m, factor=factor), sizes[1], seed)) for seed in range(m.seeds)
             ]
-            found += [job for job in mine if job[0] not in runs]
-    return found
+    last = [job for job in last if job[0] not in runs]
+    return found or sorted(last, key=lambda job: job[0][2])
 
 
 def summary(runs: dict, quick: bool) -> dict:
     losses = {}
     for m in METHODS:
-        own = next((o for o in METHODS if o.name == (m.tuned_as or m.name)), None)
-        factor = 1.0 if own is None else tuning(own, runs)[1]
+        factor = tuning(tuner(m), runs)[1] if tuner(m) else 1.0
         rate = RECIPES["adamw"]["lr"] * replace(m, factor=factor).ratio()
         results = {("main", n, seed): runs["main", n, seed] for n in (BASE.name, m.name) for seed in range(m.seeds)}
         losses[m.name] = {
@@ -126,7 +135,7 @@ def summary(runs: dict, quick: bool) -> dict:
             **m.options,
             **paired(results, "main", m.name, m.seeds, BASE.name),
         }
-    losses["GaLore"]["against_svd"] = between(runs, "GaLore", "GaLore, svd", METHODS[3].seeds)
+    losses["GaLore"]["against_svd"] = between(runs, "GaLore", "GaLore, svd")
     tuned = {}
     for kind, name, factor in sorted(k for k in runs if k[0] == "tune"):
         tuned.setdefault(name, {})[str(factor)] = runs[kind, name, factor]["held_out"]
@@ -137,9 +146,10 @@ def summary(runs: dict, quick: bool) -> dict:
     }  # fmt: skip
 
 
-def between(runs: dict, a: str, b: str, seeds: int) -> dict:
+def between(runs: dict, a: str, b: str) -> dict:
     """Held-out loss of one method against another's of the same seed, percent: mean and standard error of the pairs; and the
     standard deviation over seeds of each."""
+    seeds = min(m.seeds for m in METHODS if m.name in (a, b))
     losses = [[runs["main", name, seed]["held_out"] for seed in range(seeds)] for name in (a, b)]
     change = [100 * (x / y - 1) for x, y in zip(*losses, strict=True)]
     return {

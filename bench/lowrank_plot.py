@@ -30,7 +30,9 @@ def draw(document: dict):
                        va="center", fontsize=8)  # fmt: skip
     left.axvspan(-PERCENT, PERCENT, color="#777", alpha=0.13, linewidth=0)
     left.axvline(0, color="#333", linewidth=0.8)
-    left.set_yticks(places, [f"{n} ({len(losses[n]['held_out'])} seeds)" for n in names], fontsize=8)
+    seeds = [len(losses[n]["held_out"]) for n in names]
+    labels = [f"{n} ({k} seed{'s' * (k > 1)})" for n, k in zip(names, seeds, strict=True)]
+    left.set_yticks(places, labels, fontsize=8)
     left.invert_yaxis()
     left.grid(axis="x", alpha=0.25)
     left.set_title(
