@@ -218,7 +218,8 @@ def compile_case(case: MatrixCase, target: str):
     names = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16"}
     numbers = dict.fromkeys(("scale", "residual_scale", "eps", "factor"), "fp32")
     numbers |= dict.fromkeys(
-        ("rows", "cols", "rank", "grad_rank", "tensor", "first", "numel", "depth", "seed_low", "seed_high", "step"), "i32"
+        ("rows", "cols", "rank", "grad_rank", "tensor", "first", "numel", "depth", "seed_low", "seed_high", "step"),
+        "i32",
     )
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
