@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fusedopt.projections import selection
+from fusedopt.projections import selection, subspace
 from fusedopt.projections.matmul import mm
 from fusedopt.projections.subspace import (
     energy,
@@ -202,19 +202,73 @@ def test_svd_basis_is_torchs(side):
         assert torch.equal(svd_basis(A, 6, side), U[:, :6] if side == "left" else Vh[:6])
 
 
+def allocations(work) -> int:
+    """By how many bytes allocations rise while work() runs, by torch's own account."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        work()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-def test_memory_of_a_refresh(warm, dtype, side):
-    """No temporary of the gradient's size, in any dtype: the largest allocation is some sketch's."""
-    from torch.profiler import ProfilerActivity, profile
+@pytest.mark.parametrize("shape", [(3000, 2000), (2000, 3000)])
+def test_memory_of_a_refresh(shape, warm, dtype, side):
+    """Beside the new basis, a sketch and its product with the gradient: less than 5 % of the gradient.
 
-    G = torch.randn(700, 900, generator=rng()).to(dtype)
-    old = refresh_basis(G, 16, side, **KEY)[0] if warm else None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        refresh_basis(G, 16, side, old, **KEY)
-    largest = max(e.self_cpu_memory_usage for e in prof.events())
-    assert 0 < largest <= 8 * 900 * 64 < 0.75 * G.numel() * 4 / 4
+    R is made when the sketch is gone. fp64's copies of either sketch or product would be 7 % and more.
+    """
+    G = torch.randn(shape, generator=rng()).to(dtype)
+    old = refresh_basis(G, 64, side, **KEY)[0]  # this also makes the native kernels' buffers, which stay
+    size, other = shape if side == "left" else shape[::-1]
+    low_rank, allowed = 4 * 72 * (size + other), 0.05 * G.numel() * G.element_size()
+    peak = allocations(lambda: refresh_basis(G, 64, side, old if warm else None, **KEY))
+    assert low_rank < peak < low_rank + 4 * 64 * size + allowed
+    # Into buffers, the basis of another dtype and its own predecessor: not even the basis.
+    basis, R = old.bfloat16(), torch.empty((64, other) if side == "left" else (other, 64))
+    keys = {"basis_out": basis, "projected_out": R, **KEY}
+    peak = allocations(lambda: refresh_basis(G, 64, side, basis if warm else None, **keys))
+    assert low_rank < peak < low_rank + 1.4 * allowed
+
+
+@SIDES
+@pytest.mark.parametrize("useless", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_into_buffers(out_dtype, useless, side):
+    """The same numbers into given buffers, the first of which is the old basis."""
+    G = torch.randn(300, 200, generator=rng())
+    old = random_basis((300, 200), 24, side, dtype=out_dtype, **KEY)
+    if useless:
+        G[3, 4] = float("nan")
+    P, R = refresh_basis(G, 24, side, old, **KEY)
+    basis, into = old.clone(), torch.empty_like(R)
+    results = refresh_basis(G, 24, side, basis, basis_out=basis, projected_out=into, **KEY)
+    assert results[0] is basis and results[1] is into
+    assert torch.equal(basis, P.to(out_dtype)) and torch.equal(into.nan_to_num(), R.nan_to_num())
+    assert torch.equal(basis, old) == useless
+    basis = old.clone()
+    assert refresh_basis(G, 24, side, old, basis_out=basis, with_projected=False, **KEY)[1] is None
+    assert torch.equal(basis, P.to(out_dtype))
+
+
+@SIDES
+def test_without_native_kernels(side, monkeypatch):
+    """torch's products give the same subspace and projection."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        G = spectrum(150, 230, DECAYS["exponential"]).to(dtype)
+        old = random_basis((150, 230), 24, side, **KEY)
+        want = [refresh_basis(G, 24, side, before, **KEY) for before in (None, old)]
+        with monkeypatch.context() as patch:
+            patch.setattr(subspace, "_native", lambda G, X: None)
+            found = [refresh_basis(G, 24, side, before, **KEY) for before in (None, old)]
+        for (P, R), (Q, S) in zip(found, want, strict=True):
+            assert misfit(P, side) < 1e-6
+            assert abs(energy(G, P, side) - energy(G, Q, side)) < 1e-5
+            torch.testing.assert_close(R, project(G, P, side), rtol=0, atol=1e-5)
+            torch.testing.assert_close(R.norm(), S.norm(), rtol=1e-5, atol=0)
 
 
 @SIDES

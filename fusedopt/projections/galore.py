@@ -9,7 +9,7 @@ import torch
 
 from fusedopt.backends.base import MatrixWork
 from fusedopt.projections import base, ops
-from fusedopt.projections.subspace import random_basis, refresh_basis, svd_basis
+from fusedopt.projections.subspace import compute_dtype, random_basis, refresh_basis, svd_basis
 
 METHODS = ("randomized", "svd", "random")
 
@@ -32,27 +32,30 @@ class BasisSite(base.Site):
         self.entry["projector"].copy_(basis)
 
     def fresh_basis(self, grad: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The new basis and, where it is a by-product, the projected gradient. A gradient that is all zero or not finite
-        leaves the old one."""
+        """The new basis and, where it is a by-product, the projected gradient, which is then in `projected`; the basis may be
+        in the state already. A gradient that is all zero or not finite leaves the old one."""
         method, old = self.projection.method, None if self.cold else self.old_basis()
         keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
         if method == "random":
             return random_basis(self.shape, self.rank, self.side, device=grad.device, **keys), None
         if method == "svd":
             return svd_basis(grad, self.rank, self.side, old), None
-        return refresh_basis(grad, self.rank, self.side, old, **keys)
+        # Results go where they are kept, so that they need no memory of their own.
+        wanted = self.kept_exactly and compute_dtype(grad.dtype) == self.basis_dtype == self.projected.dtype
+        into = {
+            "basis_out": self.entry["projector"] if self.kept_exactly else None,
+            "projected_out": self.projected if wanted else None,
+            "with_projected": wanted,
+        }
+        return refresh_basis(grad, self.rank, self.side, old, **into, **keys)
 
     def before(self, grad: torch.Tensor, step: int, slot, steps) -> None:
         if self.refreshes(step, steps):
             basis, projected = self.fresh_basis(grad, step)
-            self.set_basis(basis)
+            if basis is not self.entry.get("projector"):
+                self.set_basis(basis)
             self.refreshed(slot, step)
-            if (
-                self.kept_exactly
-                and projected is not None
-                and projected.dtype == self.basis_dtype == self.projected.dtype
-            ):
-                self.projected.copy_(projected)
+            if projected is not None:
                 return
         ops.project(slot.key.backend, grad, self.basis(), self.side, self.projected)
 

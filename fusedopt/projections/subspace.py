@@ -23,7 +23,7 @@ _DRAWN = 1 << 15  # counters of random projectors at a time
 _JITTER = (
     1 / 32
 )  # random share of a warm start's columns: finds what is orthogonal to the old basis, for 1e-3 of accuracy
-_BLOCK = 256
+_BLOCK = 512
 
 
 def _check(shape, rank: int, side: str, what: str) -> None:
@@ -354,6 +354,7 @@ def _gram(V: torch.Tensor) -> torch.Tensor:
     for rows in _row_slices(V):
         block = _block(V, rows, torch.float64)
         C.addmm_(block.t(), block)
+        del block  # before the next one is made
     return C
 
 
@@ -367,6 +368,7 @@ def _rough_gram(V: torch.Tensor) -> torch.Tensor:
     for rows in _row_slices(V):
         block = _block(V, rows, V.dtype) * unit
         C += mm(block.t(), block)
+        del block
     return C * lengths[:, None] * lengths
 
 
@@ -382,8 +384,9 @@ def _orthonormalise(V: torch.Tensor, valid=None, fill=None) -> torch.Tensor:
     T, dependent = _inverse_factor(torch.where(valid, C, torch.zeros_like(C)))
     dependent = dependent.to(V.dtype)
     for rows in _row_slices(V):
-        block = _times(torch.where(valid, _block(V, rows, torch.float64), 0), T)
+        block = _times(_block(V, rows, torch.float64).masked_fill_(~valid, 0), T)
         V[rows] = block if fill is None else block.addcmul_(fill(rows), dependent)
+        del block
     return finite
 
 

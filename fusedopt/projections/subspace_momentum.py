@@ -78,7 +78,9 @@ class SubspaceMomentumSite(FullSite):
         if method == "svd":
             return svd_basis(grad, self.rank, side, old)
         if method == "randomized":
-            return refresh_basis(grad, self.rank, side, old, seed=self.seed, tensor_id=self.tensor_id, step=step)[0]
+            keys = {"seed": self.seed, "tensor_id": self.tensor_id, "step": step}
+            into = {"basis_out": self.entry["projector"], "with_projected": False}
+            return refresh_basis(grad, self.rank, side, old, **into, **keys)[0]
         size = self.shape[0] if side == "left" else self.shape[1]
         if method == "topk":
             return unit_basis(top_indices(squared_norms(grad, side), self.rank), size, side, self.dtype)
@@ -101,7 +103,9 @@ class SubspaceMomentumSite(FullSite):
         projection, basis = self.projection, self.entry["projector"]
         refresh = self.refreshes(step, steps)
         if refresh:
-            basis.copy_(self._fresh(grad, step))
+            fresh = self._fresh(grad, step)
+            if fresh is not basis:
+                basis.copy_(fresh)
             if not self.cold and not projection.official_refresh:
                 self._clear(slot, steps.found)
         ops.project(self.backend, grad, basis, self.side, self.low_rank)
