@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gates_triton import TARGETS, cuda_listing, cuda_resources, hip_resources
+from bench.gates_triton import TARGETS, WORKERS, cuda_listing, cuda_resources, hip_resources
 from fusedopt.backends import triton_matrix, triton_seeded
 from fusedopt.backends.base import Int4Matrix, MatrixWork, RowNumbers
 from fusedopt.precision import get_precision
@@ -309,7 +309,7 @@ def _resources(job: tuple[MatrixCase, str]) -> dict:
     }
 
 
-def resources(targets=None, cases=CASES, workers: int = 2) -> list[dict]:
+def resources(targets=None, cases=CASES, workers: int = WORKERS) -> list[dict]:
     """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits: count}), unit
     and matrix_instructions (how many of it), wide_copies (16-byte copies to shared memory), nibbles (masks of a 4-bit
     code in the PTX), packed (`packed_elements`), needs (`_needs`).

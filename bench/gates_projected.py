@@ -104,7 +104,7 @@ def launch_rows(backend: str, device, counted, elements: int) -> list[tuple[str,
     for form in ("fp32", "int8"):
         for clip in (None, 1.0):
             params = matrices(shapes, torch.float32, device)
-            projection = fusedopt.GaLore(rank=2, update_every=NEVER)
+            projection = fusedopt.GaLore(rank=2, update_every=NEVER, method="random")
             opt = fusedopt.AdamW(params, projection=projection, state_format=form, min_quantized_numel=0, backend=backend,
                                  clip_grad_norm=clip)  # fmt: skip
             opt.step()

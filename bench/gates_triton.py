@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from fusedopt.formats import get_format
 from fusedopt.precision import get_precision
 from fusedopt.rule import get_rule
 
+WORKERS = min(12, os.cpu_count() or 1)  # processes that compile
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -244,7 +246,7 @@ def _resources(job: tuple[Case | Blockwise, str]) -> dict:
     return {"kernel": str(case), "target": target, **use, "needs": _needs(case)}
 
 
-def resources(targets=TARGETS, cases=CASES, workers: int = 2) -> list[dict]:
+def resources(targets=TARGETS, cases=CASES, workers: int = WORKERS) -> list[dict]:
     """One dict per case and target: kernel, target, registers, spills, shared (bytes), loads and stores ({bits:
     count}),
     instructions, per_parameter (executed in a full tile; NVIDIA), barriers, needs (the accesses its streams come to in full

@@ -26,6 +26,7 @@ from bench import machine, run
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 525  # seconds of all parts together
+PROJECTED_TESTS = ("test_gpu_matrix.py", "test_gpu_projected.py")
 SHORTEST = 5  # seconds left below which no further part starts
 
 
@@ -54,7 +55,14 @@ def pytest(*arguments, workers: int = 0) -> list[str]:
 
 
 def gpu_tests(folder: Path, dry: bool) -> list[list[str]]:
-    return [pytest("tests/test_gpu.py", "-k", "launches or replay") if dry else pytest("-m", "gpu", "tests")]
+    others = [f"--ignore=tests/{name}" for name in PROJECTED_TESTS]
+    return [pytest("tests/test_gpu.py", "-k", "launches or replay") if dry else pytest("-m", "gpu", "tests", *others)]
+
+
+def projected_tests(folder: Path, dry: bool) -> list[list[str]]:
+    """Most of their time compiles kernels, which each process does for itself."""
+    files = [f"tests/{name}" for name in PROJECTED_TESTS]
+    return [pytest(files[0], "-k", "found_inf and cpu") if dry else pytest("-m", "gpu", *files, workers=8)]
 
 
 def kernel_tests(folder: Path, dry: bool) -> list[list[str]]:
@@ -90,6 +98,17 @@ def measure(folder: Path, dry: bool) -> list[list[str]]:
     return [python("-m", "bench", "run", *case_options, "--rounds", rounds, "--out", folder / "bench.json", *small)]
 
 
+def lowrank(module: str, *arguments: str, name: str, seconds: int) -> Callable[[Path, bool], list[list[str]]]:
+    """A part of gpu_products or gpu_lowrank, which begins nothing new after some seconds and saves as it goes."""
+
+    def commands(folder: Path, dry: bool) -> list[list[str]]:
+        small = ["--device", "cpu", "--tiny", "--rounds", "1"] if dry else []
+        file = folder / f"{name}.json"
+        return [python("-m", f"bench.{module}", *arguments, "--seconds", seconds, "--out", file, *small)]
+
+    return commands
+
+
 def plot(folder: Path, dry: bool) -> list[list[str]]:
     return [python("-m", "bench", "plot", folder / "bench.json", "--out", folder)]
 
@@ -119,9 +138,13 @@ PARTS = (
     Part("build", 170, build),
     Part("doctor", 40, doctor),
     Part("tests", 110, gpu_tests),
+    Part("projected_tests", 100, projected_tests),
     Part("launches", 60, checks("launches")),
     Part("graph", 40, checks("graph")),
     Part("measure", 170, measure),
+    Part("lowrank_products", 110, lowrank("gpu_products", name="lowrank_products", seconds=80)),
+    Part("lowrank_steps", 130, lowrank("gpu_lowrank", "steps", name="lowrank_steps", seconds=80)),
+    Part("lowrank_refresh", 45, lowrank("gpu_lowrank", "refresh", name="lowrank_refresh", seconds=25)),
     Part("plot", 30, plot),
     Part("demo", 90, demo),
     Part("gates", 90, gates),
@@ -142,7 +165,7 @@ def environment(dry: bool) -> dict[str, str]:
     """Of the parts: our tree first on the path, the CUDA extension wanted and for the present GPU only."""
     out = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if dry:
-        return {**out, "FUSEDOPT_NATIVE": "0", "CUDA_VISIBLE_DEVICES": ""}
+        return {**out, "FUSEDOPT_NATIVE": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     out.pop("TRITON_INTERPRET", None)
     if capability():
         out |= {"FUSEDOPT_CUDA": "1", "FUSEDOPT_CUDA_ARCHS": capability()}

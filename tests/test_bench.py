@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -9,8 +10,23 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fusedopt  # noqa: E402
 from bench import __main__ as entry  # noqa: E402
-from bench import bandwidth, cases, compare, gates, gpu, gpu_checks, lowrank, machine, plot, providers, run  # noqa: E402
+from bench import (  # noqa: E402  # noqa: E402
+    bandwidth,
+    cases,
+    compare,
+    gates,
+    gpu,
+    gpu_checks,
+    gpu_lowrank,
+    gpu_products,
+    lowrank,
+    machine,
+    plot,
+    providers,
+    run,
+)
 
 CPU = torch.device("cpu")
 
@@ -238,12 +254,11 @@ def test_projected_gates_see_what_falls_short(monkeypatch):
     """A site that writes its full-size update, and one that projects twice."""
     from fusedopt.projections import base, galore
 
-    real, before = base.Site.operations, galore.BasisSite.before
-    written = base.Operation("written", 8 * 512 * 512)
-    monkeypatch.setattr(base.Site, "operations", lambda self, slot: [*real(self, slot)[:2], written])
+    real, before = base.weight_bytes, galore.BasisSite.before
+    monkeypatch.setattr(base, "weight_bytes", lambda slot: tuple(2 * x for x in real(slot)))
     found = {row.what: row.status for row in gates.projected_gates(CPU, 1 << 12) if "galore_adamw" in row.what}
     assert found["galore_adamw bf16 states, p and g bf16, rank m/4"] == gates.FAIL
-    monkeypatch.setattr(base.Site, "operations", real)
+    monkeypatch.setattr(base, "weight_bytes", real)
 
     def twice(self, *args):
         before(self, *args)
@@ -349,6 +364,70 @@ def test_gpu_dry_run_of_the_measuring_parts(tmp_path):
     assert gpu.main(gpu_arguments(*options, str(tmp_path))) == 0, (tmp_path / "measure.log").read_text()
     assert run.load(tmp_path / "bench.json")["cases"]
     assert {p.name for p in tmp_path.glob("*.png")} == {"bench-share.png", "bench-ratio.png", "bench-host.png"}
+
+
+def test_gpu_dry_run_of_the_lowrank_parts(tmp_path):
+    """The measurements of projected steps, on small matrices and the reference's products."""
+    parts = ("lowrank_products", "lowrank_steps", "lowrank_refresh")
+    options = ["--dry-run", *(word for part in parts for word in ("--part", part)), "--out", str(tmp_path)]
+    logs = lambda: "\n".join((tmp_path / f"{part}.log").read_text() for part in parts)  # noqa: E731
+    assert gpu.main(gpu_arguments(*options)) == 0, logs()
+    products, steps, refresh = (json.loads((tmp_path / f"{part}.json").read_text()) for part in parts)
+    assert not [d["left_out"] for d in (products, steps, refresh) if d["left_out"]]
+    kernels = {str(kernel) for kernel in gpu_products.KERNELS}
+    assert {r["kernel"] for r in products["records"]} == kernels
+    failed = {r["kernel"] for r in products["records"] if "error" in r}
+    assert failed == {"project int4", "sums"}  # kernels that the reference does not have
+    assert {b["kernel"] for b in products["best"]} == kernels - failed
+    assert not [r["error"] for r in steps["records"] if "error" in r]
+    names = {(r["dtype"], r["name"]) for r in steps["records"]}
+    assert names == {
+        (text, n) for text, d in (("bf16", torch.bfloat16), ("fp32", torch.float32)) for n in gpu_lowrank.contenders(d)
+    }
+    assert {r["name"] for r in refresh["records"]} == {
+        "randomised, first", "randomised, warm start", "random", "dct columns", "full SVD"
+    }  # fmt: skip
+
+
+def test_limits_of_projected_steps():
+    """DESIGN, section 5: 9.0 bytes of GaLore at r = m / 4 with bf16 states, 8.0 with 8 bits; AdamW 22 with fp32 states."""
+    shapes, bf16 = [(4096, 4096)] * 2, torch.bfloat16
+
+    def limit(kind, width, rank=1024, shapes=shapes, dtype=bf16):
+        return gpu_lowrank.limit_bytes(kind, width, shapes, dtype, rank) / sum(map(math.prod, shapes))
+
+    assert limit("galore", 2) == 9.0 and limit("galore", 1 + 4 / 256) == pytest.approx(8.0, abs=0.02)
+    assert limit("full", 4) == 22 and limit("full", 4, dtype=torch.float32) == 28
+    assert limit("apollo_mini", 4) == pytest.approx(8, abs=0.01) and limit("adafactor", 0) == 10
+    assert limit("galore", 2, shapes=[(4096, 11008)]) == pytest.approx(6 + 12 / 4)
+    assert limit("galore", 4, shapes=[(4096,)]) == 22
+
+
+def test_tiles_are_patched_for_a_variant_only():
+    from fusedopt.backends import triton_matrix
+
+    kernel, before = gpu_products.KERNELS[0], dict(triton_matrix.TILES)
+    assert gpu_products.tiles_of(kernel)[0] == gpu_products.in_use(kernel) == before["half"][0]
+    assert len(set(gpu_products.tiles_of(kernel))) == len(gpu_products.tiles_of(kernel)) > 8
+    with gpu_products.with_tiles(kernel, gpu_products.PRODUCT_TILES[0]):
+        assert gpu_products.in_use(kernel) == gpu_products.PRODUCT_TILES[0]
+    assert triton_matrix.TILES == before
+
+
+def test_eager_galore_is_galore():
+    """The baseline of the steps: as ours with its basis, at a constant gradient."""
+    base = torch.nn.Parameter(torch.randn(24, 32, generator=torch.Generator().manual_seed(0)))
+    mine = torch.nn.Parameter(base.detach().clone())
+    base.grad = mine.grad = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    theirs = gpu_lowrank.EagerGaLore([base], 8, 0.01, 0.1)
+    ours = fusedopt.AdamW([mine], lr=0.01, weight_decay=0.1, projection=fusedopt.GaLore(8, 10**6, method="random"))
+    ours.step()
+    theirs.state[base]["basis"] = ours.state[mine]["projector"].clone()
+    theirs.step()
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(mine, base, rtol=1e-4, atol=1e-5)
 
 
 def test_lowrank_quick_run(tmp_path, capsys):
