@@ -24,7 +24,7 @@ OTHERS = {
     **dict.fromkeys(SQUARES, 80),
 }
 STATES = {"Sgd": 0, "SgdMomentum": 1, "Lars": 0, "LarsMomentum": 1, "Lion": 1, "Adam": 2, "Lamb": 2, "AdamAmsgrad": 3,
-          "Ema": 1, "AdamDenominator": 2}  # fmt: skip
+          "Ema": 1, "AdamDenominator": 2, "Stateless": 0}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=gates.ARCHS)

@@ -32,12 +32,11 @@ RECIPES = {
 }
 # For the matrices of the blocks, which a projection takes: by how much their learning rate is larger than the rule's, which
 # embeddings, head and norms keep, and options of the method itself, which --rank and --update-every leave alone. GaLore's
-# is 1 / scale, as in its paper; APOLLO's makes up for norms of rank 64 instead of 256; Subset-Norm's is the root of the 256
-# elements of a subset of a 256 x 1024 matrix. `bench lowrank-accuracy` found neither half nor double better, except half for
-# FRUGAL, by 0.2 %.
+# rate is near its paper's 0.01; APOLLO's makes up for norms of rank 64 instead of 256; Subset-Norm's is the root of the 256
+# elements of a subset of a 256 x 1024 matrix.
 PROJECTED = {
-    "galore": {"ratio": 4.0, "scale": 0.25},
-    "qgalore": {"ratio": 4.0, "scale": 0.25},
+    "galore": {"ratio": 8.0, "scale": 0.25},
+    "qgalore": {"ratio": 8.0, "scale": 0.25},
     "dct": {"update_every": 1},
     "apollo": {"ratio": 2.0},
     "apollo_mini": {"ratio": 2.0, "rank": 1},
