@@ -27,6 +27,7 @@ RULES = (
     "lamb",
     "ema",
     "adam_denominator",
+    "stateless",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
