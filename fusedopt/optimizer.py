@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from fusedopt import checkpoint, masters
+from fusedopt import checkpoint, compiled, masters
 from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
-from fusedopt.options import check_lr, check_nonnegative
+from fusedopt.options import check_clip, check_lr, check_nonnegative
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import Projection, configured, places, states_like
@@ -31,7 +31,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         projection: step matrices in a low-rank subspace of their gradients, e.g. GaLore(rank=128). Per group.
         min_quantized_numel: tensors with fewer elements keep fp32 states under a blockwise format. Per group.
         seed: of the stochastic rounding. Per group.
-        clip_grad_norm: clip the global gradient norm to this value inside the step; `grad_norm` holds the norm.
+        clip_grad_norm: clip the global gradient norm to this value inside the step; `grad_norm` holds the norm. A 1-element tensor
+            is read at every step, also by a captured CUDA graph.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the best that can.
         amp_fused: take GradScaler's scale and found_inf into the step (no host synchronisation).
         maximize, capturable, differentiable, foreach, fused: as in torch.optim. foreach changes nothing;
@@ -55,7 +56,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         projection: Projection | None = None,
         min_quantized_numel: int = 4096,
         seed: int = 0,
-        clip_grad_norm: float | None = None,
+        clip_grad_norm: float | torch.Tensor | None = None,
         backend: str | None = None,
         amp_fused: bool = False,
         maximize: bool = False,
@@ -69,10 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_nonnegative(defaults["weight_decay"], "weight_decay value")
         st.check_state_format(state_format)
         get_precision(param_precision)
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ValueError(
-                f"Invalid clip_grad_norm value: {clip_grad_norm}; it must be positive, or None for no clipping"
-            )
+        check_clip(clip_grad_norm)
         if backend is not None:
             select.get_backend(backend)
         if fused and differentiable:
@@ -96,6 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "seed": seed,
         }
         super().__init__(params, defaults)
+        self._traced = compiled.Traced(self)
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters. Raises ValueError for a projection that the rule cannot have."""
@@ -146,6 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Pickling, copying and loading
 
     _plan: Plan | None = None
+    _traced: compiled.Traced | None = None  # what a compiled step reads of this optimizer
     _lost_updates: LostUpdates | None = None
     _low_rank: LowRankGradients | None = None  # gradients that projected_linear keeps in place of .grad
 
@@ -160,6 +160,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._plan = None
+        if self._traced is None:
+            self._traced = compiled.Traced(self)
+        self._traced.groups = self.param_groups
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -196,7 +199,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def flags(self) -> tuple:
         """Everything about the options that is code: a change means a new plan."""
         asked = select.requested(self.backend_for_step())
-        out: list = [asked, self.clip_grad_norm, None if self._low_rank is None else self._low_rank.signature()]
+        clip = self.clip_grad_norm
+        clip = "tensor" if isinstance(clip, torch.Tensor) else clip
+        out: list = [asked, clip, None if self._low_rank is None else self._low_rank.signature()]
         for g in self.param_groups:
             formats = g["state_format"]
             out.append((
@@ -263,15 +268,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss.
         """
-        self._accelerator_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and self._low_rank is None and not self.defaults["differentiable"]:
+            compiled.traced_step(self._traced)
+        else:
+            self._step_eagerly()
+        return loss
+
+    # What torch's schedulers set when they replace `step` by a wrapper that notes the call, which torch.compile cannot trace.
+    # The step notes it itself, so they leave it alone.
+    step._wrapped_by_lr_sched = True
+
+    @torch._disable_dynamo
+    def _step_eagerly(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
-        grads = self._gradients(params)
+        self._step_tensors(params, self._gradients(params))
+
+    def _step_tensors(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
+        """One step with these gradients of these parameters, which are all of the optimizer's."""
+        self._accelerator_check()
+        self._opt_called = True
         if all(g is None for g in grads):
-            return loss
+            return
         scale = found = None
         if self._step_supports_amp_scaling:
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -288,14 +309,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             lost.after(found)
         if self._low_rank is not None:
             self._low_rank.clear()
-        return loss
 
     def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor | None]:
         return [p.grad for p in params] if self._low_rank is None else self._low_rank.gradients(params)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; also drops or zeroes the low-rank gradients of `projected_linear`."""
-        super().zero_grad(set_to_none)
+        if torch.compiler.is_compiling():
+            compiled.traced_zero_grad(self._traced, set_to_none)
+        else:
+            super().zero_grad(set_to_none)
         if self._low_rank is not None:
             self._low_rank.zero(set_to_none)
 

@@ -36,3 +36,10 @@ def check_betas(betas, options) -> None:
 def check_nesterov(nesterov: bool, momentum: float, dampening: float) -> None:
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def check_clip(max_norm) -> None:
+    if isinstance(max_norm, torch.Tensor) and max_norm.numel() != 1:
+        raise ValueError("Tensor clip_grad_norm must be 1-element")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"Invalid clip_grad_norm value: {max_norm}; it must be positive, or None for no clipping")

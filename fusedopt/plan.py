@@ -62,7 +62,8 @@ class DevicePlan:
             elif bucket in self.wholes:
                 phases = (Phase.NORM,)
             bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in phases}
-        self._bind_reductions(opt.clip_grad_norm is not None, opt.clip_grad_norm or 0.0, tensor_count)
+        live = isinstance(opt.clip_grad_norm, torch.Tensor)  # then the coefficient is not the kernel's to compute
+        self._bind_reductions(opt.clip_grad_norm is not None, 0.0 if live else opt.clip_grad_norm or 0.0, tensor_count)
 
     def _bind_steps(self, opt) -> None:
         """Moves the step counters of the slots into one tensor (host, and device where capturable), and assigns scalar rows."""
@@ -335,7 +336,7 @@ class Plan:
         self.grad_pointers = pointers
         for device in self.devices:
             device.norms()
-        if len(self.devices) > 1 and opt.clip_grad_norm is not None:
+        if len(self.devices) > 1 and opt.clip_grad_norm is not None or isinstance(opt.clip_grad_norm, torch.Tensor):
             self._combine_norms(grad_scale)
         for device in self.devices:
             device.step(grads)
@@ -348,13 +349,15 @@ class Plan:
                 bucket.clear_gradients()
 
     def _combine_norms(self, grad_scale) -> None:
-        """The global norm over several devices: each holds the square of its own."""
+        """The global norm over several devices, each of which holds the square of its own, and the clip coefficient."""
         home = self.devices[0].device
         total = sum(d.totals.double().sum().to(home, non_blocking=True) for d in self.devices)
         norm = total.sqrt()
         if grad_scale is not None:
             norm = norm / grad_scale.to(home).double().view(())
-        clip = (self.opt.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        limit = self.opt.clip_grad_norm
+        limit = limit.to(home).double().view(()) if isinstance(limit, torch.Tensor) else limit
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0)
         for device in self.devices:
             device.norm.copy_(norm, non_blocking=True)
             device.clip.copy_(clip, non_blocking=True)

@@ -75,6 +75,39 @@ def test_fp32_clip_equals_torch_function(config, backend):
         torch.testing.assert_close(p, q, rtol=3e-6, atol=3e-7)
 
 
+@each_backend
+@each_config()
+def test_clip_by_a_tensor_is_live(config, backend):
+    """A tensor limit is read at every step: the same steps as with numbers, without a new plan."""
+    lists = [mixed(), mixed()]
+    limit = torch.tensor(0.5)
+    live = config.make(lists[0], backend=backend, clip_grad_norm=limit)
+    plain = config.make(lists[1], backend=backend, clip_grad_norm=0.5)
+    plans = set()
+    for step, value in enumerate([0.5, 1e-2, 1e3]):
+        limit.fill_(value)
+        plain.clip_grad_norm = value
+        for opt, params in zip((live, plain), lists, strict=True):
+            set_grads(params, step)
+            opt.amp_fused = True
+            opt.grad_scale, opt.found_inf = torch.full((1,), 2.0), torch.zeros(1)
+            opt.step()
+        plans.add(id(live._plan))
+        torch.testing.assert_close(live.grad_norm.float(), plain.grad_norm.float(), rtol=1e-6, atol=0)
+    for p, q in zip(*lists, strict=True):
+        tolerance = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(p.dtype, 1e-6)
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance / 10)
+    assert len(plans) == 1
+
+
+def test_clip_tensor_is_checked():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="Tensor clip_grad_norm must be 1-element"):
+        fusedopt.AdamW([p], clip_grad_norm=torch.ones(2))
+    with pytest.raises(ValueError, match="Invalid clip_grad_norm value"):
+        fusedopt.AdamW([p], clip_grad_norm=torch.tensor(-1.0))
+
+
 def test_grad_norm_attribute():
     params = parameters(*SHAPES)
     opt = fusedopt.AdamW(params)

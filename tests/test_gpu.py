@@ -220,6 +220,49 @@ def test_graph_replay_equals_eager(rule, device, backend):
 
 
 @on_each
+def test_numbers_live_in_a_graph(device, backend):
+    """Learning rate, betas, clip limit and loss scale change between replays without a new capture."""
+    device = torch.device(device)
+    pair = []
+    for _ in range(2):
+        betas = tuple(torch.tensor(b, device=device) for b in (0.9, 0.999))
+        limit = torch.ones(1, device=device)
+        opt = build(device, backend, "adamw", capturable=True, amp_fused=True, betas=betas, clip_grad_norm=limit)
+        opt.grad_scale, opt.found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
+        for group in opt.param_groups:
+            group["lr"] = torch.tensor(LR, device=device)
+        set_gradients(opt, 1)
+        gpu_checks.warm_up(opt, device)
+        pair.append(opt)
+    eager, captured = pair
+    replay = gpu_checks.Replay(captured, device)
+    for i in range(4):
+        for opt, step in ((eager, eager.step), (captured, replay)):
+            for group in opt.param_groups:
+                group["lr"].fill_(LR / (i + 1))
+                group["betas"][0].fill_(0.9 - 0.1 * i)
+            opt.clip_grad_norm.fill_(0.1 * (i + 1))
+            opt.grad_scale.fill_(2.0**i)
+            opt.found_inf.fill_(float(i == 2))
+            for p, g in zip(parameters(opt), tensors(5 + i, torch.float32, device, 0.1), strict=True):
+                p.grad.copy_(g)
+            step()
+    assert_same(captured, eager)
+
+
+@on_each
+def test_compiled_step(device, backend):
+    """torch.compile around the step, with its CUDA graphs: the bits of an eager step."""
+    eager, graph = (build(device, backend, "adamw", capturable=True, state_format="int8") for _ in range(2))
+    step = torch.compile(lambda: graph.step(), fullgraph=True, mode="reduce-overhead")
+    for i in range(5):
+        for opt, do in ((eager, eager.step), (graph, step)):
+            set_gradients(opt, 1 + i)
+            do()
+    assert_same(graph, eager)
+
+
+@on_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", fusedopt.list_precisions())
 def test_rounding_has_the_same_bits_everywhere(precision, dtype, device, backend):
