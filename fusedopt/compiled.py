@@ -13,6 +13,9 @@ import weakref
 import torch
 from torch import Tensor
 
+# Written out: what torch can infer from annotations differs between its versions.
+SCHEMA = "(Tensor(a0!)[] params, Tensor[] grads, SymInt[] positions, SymInt handle) -> ()"
+
 _handles = itertools.count(1)
 _optimizers: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
 
@@ -30,7 +33,7 @@ class Traced:
         _optimizers[self.handle] = opt
 
 
-@torch.library.custom_op("fusedopt::step", mutates_args=("params",))
+@torch.library.custom_op("fusedopt::step", mutates_args=("params",), schema=SCHEMA)
 def step_op(params: list[Tensor], grads: list[Tensor], positions: list[int], handle: int) -> None:
     """One step of the optimizer `handle` over the parameters that have a gradient.
 
