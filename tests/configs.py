@@ -46,7 +46,13 @@ CONFIGS = [
     Config("lars_plain", "lars", {"lr": 0.3, "momentum": 0.0, "weight_decay": 0.01, "trust_coefficient": 0.05}),
     Config("lamb", "lamb", {"lr": 0.02, "weight_decay": 0.1}),
 ]
-BY_NAME = {c.name: c for c in CONFIGS}
+COMPRESSED = [  # their states are no tensors of the parameter's shape
+    Config("adafactor", "adafactor", {"lr": 0.02, "weight_decay": 0.1}),
+    Config("adafactor_momentum", "adafactor", {"lr": 0.02, "weight_decay": 0.1, "beta1": 0.9}),
+    Config("microadam", "microadam", {"lr": 0.01, "density": 0.1}),
+]
+EVERY = [*CONFIGS, *COMPRESSED]
+BY_NAME = {c.name: c for c in EVERY}
 WITH_STATES = [c for c in CONFIGS if c.name not in ("sgd", "lars_plain")]
 WITH_TORCH = [c for c in CONFIGS if c.torch_class]
 

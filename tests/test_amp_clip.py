@@ -4,6 +4,7 @@ import pytest
 import torch
 from configs import (
     CONFIGS,
+    EVERY,
     assert_same_bits,
     backend_argument,
     each_backend,
@@ -28,7 +29,7 @@ def mixed(seed=0):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6])
 def test_clip_inside_equals_torch_clip_and_step(config, max_norm, backend):
     inside, outside = mixed(), mixed()
@@ -188,7 +189,7 @@ def amp_step(opt, params, step, found_inf, grad_scale):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("grad_scale", [None, 1.0, 2.0**10])
@@ -215,7 +216,7 @@ def test_found_inf_leaves_everything_as_it_was(config, form, capturable, grad_sc
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_grad_scale_is_undone(config, clip, backend):
     """A power of two scales and unscales without rounding: the steps are the same bit by bit."""
@@ -231,7 +232,7 @@ def test_grad_scale_is_undone(config, clip, backend):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-7)
 
 
-@each_config()
+@each_config(EVERY)
 def test_attributes_are_ignored_unless_asked_for(config):
     assert config.make(parameters((2,)))._step_supports_amp_scaling is False
     assert config.make(parameters((2,)), amp_fused=True)._step_supports_amp_scaling is True
@@ -244,7 +245,7 @@ def test_attributes_are_ignored_unless_asked_for(config):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("amp_fused", [False, True])
 def test_with_grad_scaler(config, amp_fused, backend):
     """Scaled losses train as unscaled ones; a step with an overflow is skipped and halves the scale."""

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from configs import (
+    EVERY,
     WITH_STATES,
     assert_same_bits,
     copies,
@@ -32,7 +33,7 @@ OPTIONS = {"state_format": "int8", "param_precision": "stochastic", "clip_grad_n
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
@@ -57,7 +58,7 @@ def test_copies_step_identically(config, duplicate, scheduled, backend):
     assert_same_bits(tensors(twin, others), tensors(opt, params))
 
 
-@each_config()
+@each_config(EVERY)
 def test_public_attributes_survive(config):
     opt = config.make(parameters((3,)))
     opt.note = {"run": 7}
@@ -67,7 +68,7 @@ def test_public_attributes_survive(config):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("when", [0, 2])
 def test_parameters_replaced_in_their_groups(config, when, backend):
     """accelerate and FSDP2 put other Parameter objects into the groups; later replacements start with fresh state."""
@@ -88,7 +89,7 @@ def test_parameters_replaced_in_their_groups(config, when, backend):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 def test_storage_replaced_under_a_parameter(config, backend):
     """`p.data = ...` moves a parameter; the next step must follow it."""
     params, expected = parameters(*SHAPES), parameters(*SHAPES)
@@ -129,7 +130,7 @@ def test_states_replaced_by_hand(config, backend):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 def test_clearing_the_state_starts_anew(config, backend):
     params = parameters(*SHAPES)
     opt = config.make(params, backend=backend)
@@ -143,7 +144,7 @@ def test_clearing_the_state_starts_anew(config, backend):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 def test_add_param_group(config, backend):
     params, expected = parameters((6, 5), (4,), (3,)), parameters((6, 5), (4,), (3,))
     opt, both = config.make(params[:2], backend=backend), config.make(expected[:2], backend=backend)
@@ -165,7 +166,7 @@ def test_add_param_group(config, backend):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 def test_layers_frozen_later_keep_their_values(config, backend):
     params = parameters(*SHAPES)
     opt = config.make(params, backend=backend)
@@ -206,7 +207,7 @@ def model_of(dtype):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_distributed_checkpoint_round_trip(config, form, flatten, backend):
@@ -225,7 +226,7 @@ def test_distributed_checkpoint_round_trip(config, form, flatten, backend):
     assert_same_bits(tensors(loaded, list(other.parameters())), tensors(opt, list(model.parameters())))
 
 
-@each_config()
+@each_config(EVERY)
 def test_distributed_checkpoint_of_a_fresh_optimizer(config):
     """It makes the states by a step with lr=0 and zero gradients, which must leave the parameters alone."""
     model = model_of(torch.float32)

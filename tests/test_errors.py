@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from configs import CONFIGS, assert_same_bits, each_backend, each_config, parameters, set_grads, tensors
+from configs import CONFIGS, EVERY, assert_same_bits, each_backend, each_config, parameters, set_grads, tensors
 
 import fusedopt
 from fusedopt.rule import optimizers
@@ -146,7 +146,7 @@ BAD = {
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("make, message", BAD.items(), ids=[f.__name__ for f in BAD])
 @pytest.mark.parametrize("when", ["first step", "later"])
 def test_bad_tensor_among_good_ones(config, make, message, when, backend):
@@ -170,7 +170,7 @@ def test_bad_tensor_among_good_ones(config, make, message, when, backend):
     assert int(opt.state[good[2]]["step"]) == 1 + (when == "later")
 
 
-@each_config()
+@each_config(EVERY)
 def test_forced_backend_that_cannot_is_named(config):
     """A backend asked for by name raises with its reason, before anything is changed."""
     params = parameters((5, 4))

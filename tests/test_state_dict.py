@@ -7,7 +7,7 @@ import pytest
 import torch
 from configs import (
     BY_NAME,
-    CONFIGS,
+    EVERY,
     WITH_STATES,
     WITH_TORCH,
     assert_same_bits,
@@ -36,7 +36,7 @@ def saved_and_loaded(state_dict: dict) -> dict:
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @FORMS
 @pytest.mark.parametrize(
     "dtype, precision",
@@ -77,7 +77,7 @@ def test_states_keep_their_dtype(config, dtype):
         assert torch.equal(value, before[key][1])
 
 
-@each_config()
+@each_config(EVERY)
 def test_loading_leaves_the_source_alone(config):
     params = parameters(*SHAPES)
     opt = config.make(params)
@@ -278,7 +278,7 @@ def test_states_of_another_rule_are_refused(saver, loader):
     assert not other.state and other.param_groups[0]["lr"] == BY_NAME[loader].options["lr"]
 
 
-@each_config()
+@each_config(EVERY)
 def test_wrong_groups_are_refused(config):
     params = parameters((3,), (4,))
     state_dict = config.make(params).state_dict()
@@ -291,7 +291,7 @@ def test_wrong_groups_are_refused(config):
 # What other tools put into state dicts
 
 
-@each_config()
+@each_config(EVERY)
 def test_older_state_dicts_without_newer_keys(config):
     params = parameters(*SHAPES)
     opt = config.make(params)
@@ -311,7 +311,7 @@ def test_older_state_dicts_without_newer_keys(config):
 
 
 @each_backend
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("kind", [float, int, lambda s: s.view(1), lambda s: s.double(), lambda s: s.long()])
 def test_step_counts_of_other_kinds(config, kind, backend):
     """Python numbers, 1-element and integer tensors."""
@@ -329,7 +329,7 @@ def test_step_counts_of_other_kinds(config, kind, backend):
     assert_same_bits(tensors(loaded, other), tensors(opt, params))
 
 
-@each_config()
+@each_config(EVERY)
 @pytest.mark.parametrize("saver", [False, True])
 @pytest.mark.parametrize("loader", [False, True])
 def test_named_parameters(config, saver, loader):
@@ -352,7 +352,7 @@ def test_named_parameters(config, saver, loader):
     assert_same_bits(tensors(loaded, other), tensors(opt, params))
 
 
-@each_config()
+@each_config(EVERY)
 def test_parameters_without_state_stay_so(config):
     """A parameter that never had a gradient has no entry, before and after."""
     params = parameters((3,), (4,))
@@ -367,7 +367,7 @@ def test_parameters_without_state_stay_so(config):
     assert [int(loaded.state[p]["step"]) for p in params] == [2, 1]
 
 
-@each_config()
+@each_config(EVERY)
 def test_empty_state_round_trip(config):
     """accelerate loads the optimizer's own state dict before the first step; no state may appear."""
     params = parameters(*SHAPES)
@@ -378,7 +378,7 @@ def test_empty_state_round_trip(config):
     assert len(opt.state) == len(SHAPES)
 
 
-@each_config()
+@each_config(EVERY)
 def test_state_dict_is_deterministic(config):
     """Two optimizers from one state dict stay equal, and so do their state dicts."""
     params = parameters(*SHAPES)
@@ -397,7 +397,7 @@ def test_state_dict_is_deterministic(config):
 
 
 def test_values_are_tensors_and_numbers_only():
-    for config in CONFIGS:
+    for config in EVERY:
         params = parameters(*SHAPES)
         opt = config.make(params, state_format="int8")
         train(opt, params, 0, 1)

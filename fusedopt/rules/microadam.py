@@ -49,6 +49,8 @@ class MicroAdam(FusedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "window": window,
                     "density": density, "block": block, "error_block": error_block}  # fmt: skip
         super().__init__(params, defaults, **options)
+        if self.defaults["differentiable"]:
+            raise ValueError("MicroAdam: differentiable=True is not supported. Use AdamW with fused=False.")
 
     def _check_projection(self, group) -> None:
         if group["projection"] is not None:
