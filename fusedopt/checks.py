@@ -27,7 +27,7 @@ def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> 
         )
     if p.is_complex() or g.is_complex():
         raise RuntimeError(
-            f"{what} is complex, which {name} does not support. Optimise torch.view_as_real(parameter) instead."
+            f"{what} is complex: {name} does not support complex parameters. Optimise torch.view_as_real(parameter)."
         )
     if p.dtype not in FLOATING or g.dtype not in FLOATING:
         raise RuntimeError(

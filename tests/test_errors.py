@@ -137,7 +137,7 @@ def float8_parameter():
 
 BAD = {
     sparse_gradient: r"\(shape \(4, 3\).*sparse gradient.*does not support sparse gradients.*Use sparse=False",
-    complex_parameter: r"is complex, which \w+ does not support. Optimise torch.view_as_real",
+    complex_parameter: r"is complex: \w+ does not support complex parameters. Optimise torch.view_as_real",
     integer_parameter: r"torch.int64.*only float32, bfloat16, float16 and float64 are stepped",
     meta_parameter: r"is on the meta device and has no data. Materialise the model with to_empty\(\)",
     expanded_parameter: r"share memory \(strides \(1, 0\)\). Use .clone\(\)",
