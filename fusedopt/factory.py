@@ -74,7 +74,20 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
     Raises:
         ValueError: unknown name, two state formats, or two projections.
     """
+    cls, options = class_and_options(name, options)
+    params = params_or_model
+    if isinstance(params, torch.nn.Module):
+        tables = embedding_ids(params)
+        params = [p for p in params.parameters() if p.requires_grad]
+        if projection_of(name) is not None:
+            params = leave_out(params, tables, {"projection": None})
+    return cls(params, **options)
+
+
+def class_and_options(name: str, options: dict) -> tuple[type, dict]:
+    """The class and its arguments that a name and options mean together: what `create` calls."""
     base, form = parse_name(name)
+    options = dict(options)
     if form is not None:
         if options.get("state_format", form) not in (form, *(a for a, f in ALIASES.items() if f == form)):
             raise ValueError(
@@ -86,13 +99,7 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
         if options.get("projection") is not None:
             raise ValueError(f"create: {name!r} names a projection, and projection={options['projection']!r} is given")
         options["projection"] = projection
-    params = params_or_model
-    if isinstance(params, torch.nn.Module):
-        tables = embedding_ids(params)
-        params = [p for p in params.parameters() if p.requires_grad]
-        if projection is not None:
-            params = leave_out(params, tables, {"projection": None})
-    return optimizers()[base](params, **options)
+    return optimizers()[base], options
 
 
 def embedding_ids(model: torch.nn.Module) -> set[int]:

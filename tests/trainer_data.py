@@ -1,0 +1,46 @@
+"""Real text for tests that run trainers: windows of the bytes of a file of Python's standard library, the same every time."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+WINDOW = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on two threads, much slower where other processes want them too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def text_windows(count: int = 64) -> torch.Tensor:
+    """[count, WINDOW] bytes of argparse.py as int64 tokens."""
+    data = Path(argparse.__file__).read_bytes()[: count * WINDOW]
+    return torch.tensor(list(data)).view(count, WINDOW)
+
+
+class Windows(torch.utils.data.Dataset):
+    """Items as language models of transformers take them."""
+
+    def __init__(self, count: int = 64):
+        self.tokens = text_windows(count)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
+
+
+def assert_same_weights(got: dict, want: dict) -> None:
+    """Two state dicts of a model, bit for bit."""
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
