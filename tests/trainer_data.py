@@ -44,3 +44,23 @@ def assert_same_weights(got: dict, want: dict) -> None:
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
+
+
+class TinyLM(torch.nn.Module):
+    """Predicts a byte from the two before it: an embedding, two linear layers, a norm; 27 thousand parameters."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(256, 32)
+        self.hidden = torch.nn.Linear(64, 64)
+        self.norm = torch.nn.LayerNorm(64)
+        self.head = torch.nn.Linear(64, 256)
+        self.to(dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The mean loss of [batch, time] tokens."""
+        x = self.table(tokens[:, :-1])
+        pairs = torch.cat([x[:, :-1], x[:, 1:]], -1)
+        logits = self.head(self.norm(torch.nn.functional.gelu(self.hidden(pairs))))
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 2:].flatten())
