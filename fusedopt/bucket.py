@@ -24,7 +24,7 @@ class Slot:
     tensor_id: int
     position: int  # among the gradients of this step
     group: int
-    param: torch.Tensor
+    param: torch.Tensor  # of a DTensor, its shard
     entry: dict  # its state dict
     rule: Rule
     formats: tuple[Format, ...]
@@ -38,6 +38,8 @@ class Slot:
     reasons: list[str] = field(default_factory=list)
     row: int = 0
     plain_row: int = 0  # a site's second scalar row, for launches over updates
+    owner: torch.Tensor | None = None  # what the optimizer's groups hold: param, or the DTensor it is a shard of
+    groups: tuple = ()  # process groups over which its shards are spread
 
     @property
     def quantized(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from fusedopt import states as st
 from fusedopt.checks import describe
 from fusedopt.conversion import convert, for_loading, to_bitsandbytes
+from fusedopt.distributed import LocalEntry, Loader, as_dtensor, entry_of, is_dtensor, local, portable
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS
@@ -40,10 +41,24 @@ def to_torch(opt, native: dict) -> dict:
             )
         for state in rule.states:
             if state.name in entry:
-                converted[state.name] = st.decode(indices[index][0], entry, state)
+                converted[state.name] = _decoded(indices[index][0], entry, state)
         out[index] = converted
     groups = [{k: v for k, v in g.items() if k not in OWN_OPTIONS} for g in native["param_groups"]]
     return {"state": out, "param_groups": groups}
+
+
+def _decoded(p: torch.Tensor, entry: dict, state) -> torch.Tensor:
+    if not is_dtensor(p):
+        return st.decode(p, entry, state)
+    return as_dtensor(st.decode(local(p), entry_of(p, entry), state), p, p.shape, p.stride())
+
+
+def to_portable(opt, native: dict) -> None:
+    """Makes the states of DTensor parameters ones that any number of processes can load; the dict's, not the optimizer's."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for index, p in enumerate(params):
+        if is_dtensor(p) and index in native["state"]:
+            native["state"][index] = portable(p, native["state"][index])
 
 
 def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> dict:
@@ -58,6 +73,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     projection = opt.projection_for(p, group)
     kept = {} if projection is None else projection.tensors(p)
     likes = states_like(p, projection, rule)
+    formats = st.configured_formats(p, group, rule, likes)  # by the size of the whole, on every process the same
     if _others(rule, entry, kept) or missing and (present or stepped):
         raise ValueError(
             f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps "
@@ -65,18 +81,21 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
             "Load a state dict of the same optimizer."
         )
     out: dict = {}
+    owner = p
+    if is_dtensor(p):
+        entry, out, p = Loader(what, p, entry).load(rule), LocalEntry(p, {}), local(p)
+        likes = [p] * len(likes)
     step = entry.get("step", 1.0 if present else 0.0)  # torch.optim.SGD counts no steps
     step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
     on_device = opt.steps_on_device(p, group)
     out["step"] = step.to(device=p.device if on_device else "cpu", dtype=_step_dtype()).view(())
-    formats = st.configured_formats(p, group, rule, likes)
     for state, form, like in zip(rule.states, formats, likes, strict=True):
         if state.name in entry:
             _check_state(what, like, entry, state.name)
             _take(like, out, entry, state, form)
     _take_kept(what, p, kept, () if projection is None else projection.on_host(), entry, out, stepped)
-    _take_companion(what, p, group, entry, out)
-    return out
+    _take_companion(what, owner, p, group, entry, out)
+    return out.stored if isinstance(out, LocalEntry) else out
 
 
 def _check_state(what: str, p: torch.Tensor, entry: dict, name: str) -> None:
@@ -146,10 +165,10 @@ def flat_to_shape(tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _take_companion(what: str, p: torch.Tensor, group: dict, entry: dict, out: dict) -> None:
-    """The companion of p's precision, from the loaded one; p itself stays as it is."""
+def _take_companion(what: str, owner: torch.Tensor, p: torch.Tensor, group: dict, entry: dict, out) -> None:
+    """The companion of p's precision, from the loaded one; p itself stays as it is. owner: p, or the DTensor it is of."""
     try:
-        precision = configured_precision(p, group)
+        precision = configured_precision(owner, group)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     loaded = {name: entry[name] for name in COMPANIONS if name in entry}

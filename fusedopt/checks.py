@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt.distributed import local
 from fusedopt.formats import Format
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, overlaps, strides_match
@@ -18,6 +19,7 @@ def describe(name: str, index: int, p: torch.Tensor) -> str:
 
 def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> None:
     what = describe(name, index, p)
+    p = local(p)
     if p.layout != torch.strided:
         raise RuntimeError(f"{what} is sparse. Make it dense with .to_dense().")
     if g.layout != torch.strided:
@@ -37,8 +39,6 @@ def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> 
         raise RuntimeError(
             f"{what} is on the meta device and has no data. Materialise the model with to_empty() first."
         )
-    if type(p).__name__ == "DTensor":
-        raise RuntimeError(f"{what} is a DTensor, which {name} cannot step yet. Step its local tensor instead.")
     if g.device != p.device:
         raise RuntimeError(f"{what} has its gradient on {g.device}. Move it to {p.device}.")
     if g.shape != p.shape:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedopt import checkpoint, compiled, masters
+from fusedopt import checkpoint, compiled, distributed, masters
 from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
@@ -20,6 +20,10 @@ from fusedopt.projections.lowrank import LowRankGradients
 from fusedopt.projections.quantized import UNPROJECTED
 from fusedopt.rule import Rule
 from fusedopt.weights import Int8Weight
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -175,7 +179,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in native["param_groups"]:
             if group.get("projection") is not None:
                 group["projection"] = group["projection"].describe()
-        return native if format == "native" else checkpoint.to_torch(self, native)
+        if format == "torch":
+            return checkpoint.to_torch(self, native)
+        checkpoint.to_portable(self, native)
+        return native
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict) -> None:
@@ -227,6 +234,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         projection = self.projection_for(p, group)
         likes = states_like(p, projection, rule)
         formats = st.configured_formats(p, group, rule, likes)
+        precision = masters.configured_precision(p, group)
+        if distributed.is_dtensor(p):
+            entry, p = distributed.LocalEntry(p, entry), distributed.local(p)
+            likes = [p] * len(likes)
         for state, form, like in zip(rule.states, formats, likes, strict=True):
             if state.name not in entry:
                 st.allocate(like, entry, state, form)
@@ -235,7 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name not in entry:
                     device = "cpu" if name in projection.on_host() else p.device
                     entry[name] = torch.zeros(shape, dtype=dtype, device=device)
-        masters.bind(p, entry, masters.configured_precision(p, group))
+        masters.bind(p, entry, precision)
         return entry
 
     def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -298,9 +309,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._low_rank is not None:
             found = self._low_rank.check_amp(scale, found)
+        initialising = not self.state and self._moves_nothing(params, grads)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._take_turns()
             plan = self._current_plan(params, grads)
+            if initialising:
+                return
             lost = self._lost_updates
             if lost is None:
                 lost = self._lost_updates = LostUpdates(type(self).__name__)
@@ -310,8 +324,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._low_rank is not None:
             self._low_rank.clear()
 
+    def _moves_nothing(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
+        """Whether a first step has learning rate 0 and nothing but zero gradients. torch.distributed.checkpoint makes an
+        optimizer's states with such a step; it is not counted, so that a checkpoint before the first update says step 0."""
+        lrs = [group["lr"] for group in self.param_groups]
+        if any(not isinstance(lr, torch.Tensor) and lr != 0 for lr in lrs) or _capturing():
+            return False
+        if any(float(lr) != 0 for lr in lrs):
+            return False
+        live = [(p, g) for p, g in zip(params, grads, strict=True) if isinstance(g, torch.Tensor)]
+        home = live[0][1].device if live else "cpu"
+        found = sum((g.count_nonzero().to(home) for _, g in live), torch.zeros((), dtype=torch.int64, device=home))
+        return len(live) > 0 and not distributed.anywhere(found, [p for p, _ in live])
+
     def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        return [p.grad for p in params] if self._low_rank is None else self._low_rank.gradients(params)
+        grads = [p.grad for p in params] if self._low_rank is None else self._low_rank.gradients(params)
+        return distributed.local_gradients(type(self).__name__, params, grads)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; also drops or zeroes the low-rank gradients of `projected_linear`."""
@@ -355,7 +383,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         grads = self._gradients(params)
         if all(g is None for g in grads):
-            stand_ins = [p.detach() if p.requires_grad else None for p in params]
+            stand_ins = [distributed.local(p).detach() if p.requires_grad else None for p in params]
             with torch.no_grad():
                 return PlanReport(self, Plan(self, params, stand_ins))
         return PlanReport(self, self._current_plan(params, grads))

@@ -16,7 +16,8 @@ from fusedopt.abi import Phase
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.bucket import Bucket, Slot
-from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected, check_quantized
+from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected, check_quantized, describe
+from fusedopt.distributed import MeshSums, check_sharded, is_dtensor, local, split_groups
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
@@ -27,8 +28,12 @@ from fusedopt.rule import get_rule
 from fusedopt.weights import storage
 
 
-def _buckets(by_key: dict[BucketKey, list[Slot]]) -> list[Bucket]:
-    return [Bucket(group, select.get_backend(key.backend)) for key, group in by_key.items()]
+def _buckets(slots: list[Slot], apart: bool) -> list[Bucket]:
+    """apart: slots whose shards are spread over different processes share no bucket."""
+    by_key: dict[tuple, list[Slot]] = {}
+    for slot in slots:
+        by_key.setdefault((slot.key, slot.groups if apart else ()), []).append(slot)
+    return [Bucket(group, select.get_backend(key.backend)) for (key, _), group in by_key.items()]
 
 
 class DevicePlan:
@@ -38,19 +43,13 @@ class DevicePlan:
         self.device, self.slots = device, slots
         self.kept: list[torch.Tensor] = []  # host buffers that a captured graph reads again
         self._bind_steps(opt)
-        by_key: dict[BucketKey, list[Slot]] = {}
-        for slot in slots:
-            if slot.param.numel() and (slot.site is None or slot.site.launched):
-                by_key.setdefault(slot.key, []).append(slot)
-        self.buckets = _buckets(by_key)
+        clipping = opt.clip_grad_norm is not None
+        launched = [s for s in slots if s.param.numel() and (s.site is None or s.site.launched)]
+        self.buckets = _buckets(launched, apart=clipping)
         self.projected = ProjectedSteps([s for s in slots if s.site is not None], self.scalars, opt.param_groups)
         self.wholes: list[Bucket] = []  # of projected slots: the global norm is that of their full gradients
-        if opt.clip_grad_norm is not None:
-            by_key = {}
-            for slot in self.projected.slots:
-                whole = slot.whole()
-                by_key.setdefault(whole.key, []).append(whole)
-            self.wholes = _buckets(by_key)
+        if clipping:
+            self.wholes = _buckets([slot.whole() for slot in self.projected.slots], apart=False)
         for bucket in (*self.buckets, *self.wholes):
             rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, get_precision(bucket.key.precision)
             base = Work(bucket.key, rule, form, precision, bucket.items(None) if bucket.native else [], bucket.table,
@@ -63,7 +62,7 @@ class DevicePlan:
                 phases = (Phase.NORM,)
             bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in phases}
         live = isinstance(opt.clip_grad_norm, torch.Tensor)  # then the coefficient is not the kernel's to compute
-        self._bind_reductions(opt.clip_grad_norm is not None, 0.0 if live else opt.clip_grad_norm or 0.0, tensor_count)
+        self._bind_reductions(clipping, 0.0 if live else opt.clip_grad_norm or 0.0, tensor_count)
 
     def _bind_steps(self, opt) -> None:
         """Moves the step counters of the slots into one tensor (host, and device where capturable), and assigns scalar rows."""
@@ -102,11 +101,13 @@ class DevicePlan:
         self.scalars = ScalarTable(rows, self.device)
 
     def _bind_reductions(self, clipping: bool, max_norm: float, tensor_count: int) -> None:
-        trusting = any(b.slots[0].rule.trust_on for b in self.buckets)
+        trusting = any(s.rule.trust_on for s in self.slots)
         own = [b for b in self.buckets if Phase.NORM in b.works]
         self.normed = [b for b in own if clipping or b.slots[0].rule.trust_on == "gradient"] + self.wholes
-        self.sums = self.clip = self.norm = self.totals = None
-        if not trusting and not self.normed:
+        self.sums = self.clip = self.norm = self.totals = self.shards = None
+        if (clipping or trusting) and any(s.groups for s in self.slots):
+            self.shards = MeshSums(self.slots, self.normed, self.device)
+        if not trusting and not self.normed and self.shards is None:
             return
         every = [*self.buckets, *self.wholes]
         native = any(b.native for b in every)
@@ -168,13 +169,23 @@ class DevicePlan:
     def norms(self) -> None:
         for bucket in self.normed:
             bucket.backend.launch(bucket.works[Phase.NORM])
+        if self.shards is not None:
+            self.shards.trust("gradient", self.sums)
+
+    def square_sum(self) -> torch.Tensor:
+        """Of the gradients as stored: fp64 [1], over all processes."""
+        totals = self.totals.double().sum(0, True) if self.shards is None else self.shards.square_sum(self.totals)
+        return totals
 
     def step(self, grads: list[torch.Tensor]) -> None:
         self.projected.before(grads)
-        for bucket in self.buckets:
-            for phase, work in bucket.works.items():
-                if phase != Phase.NORM:
-                    bucket.backend.launch(work)
+        for phases in ((Phase.PROBE,), (Phase.FUSED, Phase.APPLY, Phase.DIRECTION)):
+            for bucket in self.buckets:
+                for phase, work in bucket.works.items():
+                    if phase in phases:
+                        bucket.backend.launch(work)
+            if self.shards is not None and Phase.PROBE in phases:
+                self.shards.trust("update", self.sums)
         self.projected.after(grads)
 
 
@@ -193,8 +204,8 @@ class Plan:
         for slot in slots:
             devices.setdefault(slot.param.device, []).append(slot)
         self.devices = [DevicePlan(d, mine, opt, len(params)) for d, mine in devices.items()]
-        self.live_params = [s.param for s in slots]
-        self.param_pointers = [storage(p).data_ptr() for p in self.live_params]
+        self.live_params = [s.owner for s in slots]
+        self.param_pointers = [storage(local(p)).data_ptr() for p in self.live_params]
         self.shapes = [p.shape for p in self.live_params]
         self.grad_dtypes = [g.dtype for g in live]
         self.grad_strides = [g.stride() for g in live]
@@ -209,7 +220,7 @@ class Plan:
         state = self.opt.state
         self.entries = list(state.values())
         self.state_values = [v for e in self.entries for v in e.values()]
-        self.state_tensors = [v for v in self.state_values if isinstance(v, torch.Tensor) and v.dim()]
+        self.state_tensors = [local(v) for v in self.state_values if isinstance(v, torch.Tensor) and v.dim()]
         self.state_pointers = [v.data_ptr() for v in self.state_tensors]
 
     def _slots(self, opt, params, grads) -> list[Slot]:
@@ -223,6 +234,9 @@ class Plan:
                 low_rank = opt._low_rank is not None and opt._low_rank.of(p) is not None
                 check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
                 check_precision(type(opt).__name__, tensor_id, p, group)
+                if is_dtensor(p):
+                    formats = st.configured_formats(p, group, opt.rule_for(group))
+                    check_sharded(describe(type(opt).__name__, tensor_id, p), p, opt.projection_for(p, group), formats)
                 found.append((tensor_id, position, group_index, p, g))
                 position += 1
         slots = [self._slot(opt, *args) for args in found]  # nothing is allocated before every tensor has passed
@@ -254,6 +268,8 @@ class Plan:
         projection = opt.projection_for(p, group)
         likes = states_like(p, projection, rule)
         wanted = st.configured_formats(p, group, rule, likes)
+        owner, p = p, local(p)
+        likes = [p if like is owner else like for like in likes]
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
         work_param = storage(p) if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
@@ -262,9 +278,10 @@ class Plan:
             check_layout(type(opt).__name__, tensor_id, p, shaped, entry, state.name, form)
         if precision.companion:
             check_layout(type(opt).__name__, tensor_id, p, work_param, entry, precision.companion, None)
-        source = None if opt._low_rank is None else opt._low_rank.of(p)
+        source = None if opt._low_rank is None else opt._low_rank.of(owner)
         return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
-                    copy_grad=source is None and not strides_match(g, work_param), grad_dtype=g.dtype, source=source)  # fmt: skip
+                    copy_grad=source is None and not strides_match(g, work_param), grad_dtype=g.dtype, source=source, owner=owner,
+                    groups=split_groups(owner))  # fmt: skip
 
     def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
         site = slot.site
@@ -299,7 +316,9 @@ class Plan:
         if [g.stride() for g in live] != self.grad_strides or [g.dtype for g in live] != self.grad_dtypes:
             return False
         mine = self.live_params
-        if [storage(p).data_ptr() for p in mine] != self.param_pointers or [p.shape for p in mine] != self.shapes:
+        if [storage(local(p)).data_ptr() for p in mine] != self.param_pointers or [
+            p.shape for p in mine
+        ] != self.shapes:
             return False
         entries = self.opt.state.values()
         if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
@@ -336,7 +355,8 @@ class Plan:
         self.grad_pointers = pointers
         for device in self.devices:
             device.norms()
-        if len(self.devices) > 1 and opt.clip_grad_norm is not None or isinstance(opt.clip_grad_norm, torch.Tensor):
+        spread = len(self.devices) > 1 or any(d.shards is not None for d in self.devices)
+        if spread and opt.clip_grad_norm is not None or isinstance(opt.clip_grad_norm, torch.Tensor):
             self._combine_norms(grad_scale)
         for device in self.devices:
             device.step(grads)
@@ -349,14 +369,15 @@ class Plan:
                 bucket.clear_gradients()
 
     def _combine_norms(self, grad_scale) -> None:
-        """The global norm over several devices, each of which holds the square of its own, and the clip coefficient."""
+        """The global norm over several devices and processes, each of which holds the square of its own, and the clip
+        coefficient."""
         home = self.devices[0].device
-        total = sum(d.totals.double().sum().to(home, non_blocking=True) for d in self.devices)
+        total = sum(d.square_sum().to(home, non_blocking=True) for d in self.devices)
         norm = total.sqrt()
         if grad_scale is not None:
-            norm = norm / grad_scale.to(home).double().view(())
+            norm = norm / grad_scale.to(home).double().view(1)
         limit = self.opt.clip_grad_norm
-        limit = limit.to(home).double().view(()) if isinstance(limit, torch.Tensor) else limit
+        limit = limit.to(home).double().view(1) if isinstance(limit, torch.Tensor) else limit
         clip = (limit / (norm + 1e-6)).clamp(max=1.0)
         for device in self.devices:
             device.norm.copy_(norm, non_blocking=True)

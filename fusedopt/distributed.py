@@ -1,0 +1,365 @@
+"""DTensor parameters (FSDP2, tensor parallelism): their shards, the states kept beside them, and sums over a mesh.
+
+A step works on local shards. The optimizer's state holds DTensors with the parameter's mesh and placements, so that
+torch.distributed.checkpoint saves and reshards them. `LocalEntry` is a parameter's state dict as the step sees it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, MutableMapping
+from dataclasses import replace
+from math import gcd, prod
+
+import torch
+
+from fusedopt import states as st
+from fusedopt.formats import Format
+
+
+def is_dtensor(t) -> bool:
+    if type(t) is torch.nn.Parameter or type(t) is torch.Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """The shard of a DTensor on this process, the same object every time; any other tensor as it is."""
+    if not is_dtensor(t):
+        return t
+    shard = t._local_tensor  # to_local() of a Parameter is a new view at every call
+    return shard.wait() if hasattr(shard, "wait") else shard  # a collective may be under way (AsyncCollectiveTensor)
+
+
+def as_dtensor(shard: torch.Tensor, like, shape: tuple[int, ...], stride: tuple[int, ...] | None = None):
+    """A DTensor around a shard, on the mesh and with the placements of `like`. shape, stride: of the whole."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    shape = torch.Size(shape)
+    if stride is None:
+        stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    # from_local would move the shard of a parameter that is offloaded to the CPU onto the mesh's device
+    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=TensorMeta(shape, stride, shard.dtype))
+    return DTensor(shard.detach(), spec, requires_grad=False)
+
+
+def sharded_dims(p) -> list[tuple[int, int]]:
+    """(mesh dimension, tensor dimension) of every placement that splits a DTensor."""
+    return [(i, placement.dim) for i, placement in enumerate(p.placements) if hasattr(placement, "dim")]
+
+
+def is_partial(t) -> bool:
+    return any(placement.is_partial() for placement in t.placements)
+
+
+# Blocks and shards
+
+
+def tail(p) -> int:
+    """Elements that follow each other in every shard, however many processes there are: those of the dimensions after the
+    last one that is split (the first one, where none is, so that replicated and sharded groups of a mesh agree)."""
+    last = max((dim for _, dim in sharded_dims(p)), default=0)
+    return prod(p.shape[last + 1 :])
+
+
+def granule(p, form: Format) -> int:
+    """Elements of a run that lies in one block whatever the shards: blocks begin at multiples of it in every shard."""
+    return gcd(tail(p), form.block)
+
+
+def scales_shape(p, form: Format) -> tuple[int, ...]:
+    """The shape of the scales as the state dict holds them, one per granule, split like the parameter."""
+    last = max((dim for _, dim in sharded_dims(p)), default=0)
+    return (*p.shape[: last + 1], tail(p) // granule(p, form))
+
+
+def packs_in_shape(p) -> bool:
+    """Whether packed codes can be split like the parameter: pairs lie within its last dimension, which is whole."""
+    last = max((dim for _, dim in sharded_dims(p)), default=0)
+    return p.dim() > last + 1 and p.shape[-1] % 2 == 0
+
+
+def scale_format(name: str) -> Format | None:
+    """The format a scale of this name belongs to, None where the name is not that of a scale."""
+    return next((form for form in st.blockwise() if name.endswith(st.scale_name("", form))), None)
+
+
+class LocalEntry(MutableMapping):
+    """A DTensor's state dict seen from one process: reads give shards, scales one per block; what is put in becomes a
+    DTensor in the dict behind it (`stored`), split like the parameter.
+
+    Scales of blocks that are no whole part of a row of the parameter lie in `stored` as they are, a plain tensor of this
+    process; `portable` makes them DTensors.
+    """
+
+    def __init__(self, p, stored: dict):
+        self.p, self.shard, self.stored = p, local(p), stored
+
+    def __getitem__(self, name: str):
+        value = self.stored[name]
+        if not is_dtensor(value):
+            return value
+        return local(value).view(-1) if scale_format(name) is not None else local(value)
+
+    def __setitem__(self, name: str, value) -> None:
+        self.stored[name] = self._whole(name, value)
+
+    def _whole(self, name: str, value):
+        if not isinstance(value, torch.Tensor) or name == "step":
+            return value
+        form = scale_format(name)
+        if form is not None:
+            if granule(self.p, form) < form.block:
+                return value
+            whole = scales_shape(self.p, form)
+            return as_dtensor(value.view(*self.shard.shape[: len(whole) - 1], whole[-1]), self.p, whole)
+        if value.shape == self.shard.shape:
+            return as_dtensor(value, self.p, self.p.shape, self.p.stride())
+        if value.dim() == self.p.dim() and packs_in_shape(self.p):
+            return as_dtensor(value, self.p, (*self.p.shape[:-1], self.p.shape[-1] // 2))
+        return value
+
+    def __delitem__(self, name: str) -> None:
+        del self.stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def entry_of(p: torch.Tensor, entry: dict):
+    """A parameter's state dict as a step uses it."""
+    return LocalEntry(p, entry) if is_dtensor(p) else entry
+
+
+def unpacked(codes: torch.Tensor, numel: int) -> torch.Tensor:
+    """One 4-bit code a byte, flat."""
+    codes = codes.reshape(-1)
+    return torch.stack([codes >> 4, codes & 15], 1).view(-1)[:numel]
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Two 4-bit codes a byte, flat; the reverse of `unpacked`."""
+    codes = codes.reshape(-1)
+    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
+def portable(p, stored: dict) -> dict:
+    """A DTensor's state dict with every tensor a DTensor that any number of processes can load.
+
+    Most already are, and stay the live ones. Scales become one per granule, packed codes that cannot be split one a byte.
+    """
+    if all(is_dtensor(v) or not isinstance(v, torch.Tensor) or not v.dim() for v in stored.values()):
+        return stored
+    shard, out = local(p), {}
+    for name, value in stored.items():
+        form = scale_format(name)
+        if is_dtensor(value) or not isinstance(value, torch.Tensor) or not value.dim():
+            out[name] = value
+        elif form is not None:
+            whole, size = scales_shape(p, form), granule(p, form)
+            first = torch.arange(shard.numel() // size, device=value.device) * size
+            scales = value[torch.div(first, form.block, rounding_mode="floor")]
+            out[name] = as_dtensor(scales.view(*shard.shape[: len(whole) - 1], whole[-1]), p, whole)
+        elif st.stored_format(stored, name).bits == 4:
+            out[name] = as_dtensor(unpacked(value, shard.numel()).view(shard.shape), p, p.shape)
+        else:
+            out[name] = value
+    return out
+
+
+def shard_of(p, whole: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that every process has whole, split like a DTensor. No communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = p.device_mesh
+    everywhere = DTensor.from_local(whole.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(everywhere.redistribute(placements=p.placements)).to(local(p).device).contiguous()
+
+
+class Loader:
+    """Turns a loaded entry of a DTensor parameter into its shard's: codes, scales one per block of the shard.
+
+    Loaded tensors are DTensors on the parameter's mesh, or plain ones of the whole parameter, the same on every process.
+    Raises ValueError where a shape or a mesh does not fit.
+    """
+
+    def __init__(self, what: str, p, entry: dict):
+        self.what, self.p, self.entry, self.shard = what, p, entry, local(p)
+
+    def load(self, rule) -> dict:
+        signs = {state.name: state.signed for state in rule.states}
+        out = {}
+        for name, value in self.entry.items():
+            if not isinstance(value, torch.Tensor) or name == "step" or scale_format(name) is not None:
+                if scale_format(name) is None:
+                    out[name] = value
+                continue
+            form = st.stored_format(self.entry, name) if value.dtype == torch.uint8 and name in signs else None
+            if form is None or not form.block:
+                out[name] = self._part(name, value, self.p.shape)
+            else:
+                scale = st.scale_name(name, form)
+                out[name], out[scale] = self._coded(name, form, signs[name])
+        return out
+
+    def _part(self, name: str, value: torch.Tensor, *shapes) -> torch.Tensor:
+        if tuple(value.shape) not in map(tuple, shapes):
+            raise ValueError(
+                f"{self.what}: the loaded {name!r} has shape {tuple(value.shape)}, but it is {tuple(shapes[0])} for a "
+                "parameter split like this one. Load a state dict of the same model, saved with the same dimensions split."
+            )
+        if not is_dtensor(value):
+            return shard_of(self.p, value)
+        if value.device_mesh != self.p.device_mesh:
+            raise ValueError(
+                f"{self.what}: the loaded {name!r} lies on another device mesh ({value.device_mesh}). Load it with "
+                "torch.distributed.checkpoint, which reshards, or load the full state dict."
+            )
+        if value.placements != self.p.placements:
+            value = value.redistribute(placements=self.p.placements)
+        return local(value)
+
+    def _coded(self, name: str, form: Format, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of the shard: bit for bit where its blocks are blocks of what was saved, else encoded anew."""
+        codes, scales = self.entry[name], self.entry[st.scale_name(name, form)]
+        size, whole = granule(self.p, form), scales_shape(self.p, form)
+        if not is_dtensor(codes) and form.bits == 4:
+            codes = self._whole_codes(name, form, codes)
+        if not is_dtensor(scales) and scales.dim() == 1 and tuple(scales.shape) != whole:
+            if scales.numel() != form.scale_count(self.p.numel()):
+                raise ValueError(
+                    f"{self.what}: the loaded {form.name} state {name!r} needs {form.scale_count(self.p.numel())} scales, "
+                    f"not {scales.numel()}. Load a complete state dict."
+                )
+            first = torch.arange(prod(whole), device=scales.device) * size
+            scales = scales[torch.div(first, form.block, rounding_mode="floor")].view(whole)
+        half = (
+            (*self.p.shape[:-1], self.p.shape[-1] // 2) if form.bits == 4 and packs_in_shape(self.p) else self.p.shape
+        )
+        mine = self._part(name, codes, half, self.p.shape)
+        scales = self._part(st.scale_name(name, form), scales, whole).reshape(-1)
+        n = self.shard.numel()
+        flat_codes = mine.reshape(-1)
+        if form.bits == 4 and mine.shape == self.shard.shape:
+            flat_codes = packed(flat_codes)
+        blocks = form.scale_count(n)
+        runs = form.block // size
+        if n:
+            padded = torch.cat([scales, scales[-1:].expand(blocks * runs - scales.numel())]).view(blocks, runs)
+            if bool((padded == padded[:, :1]).all()):
+                scales = padded[:, 0].contiguous()
+            else:
+                values = replace(form, block=size).decode(flat_codes, scales, signed, torch.float32, n)
+                flat_codes, scales = form.encode(values, signed)
+        return flat_codes.view(st.stored_shape(form, self.shard)), scales
+
+    def _whole_codes(self, name: str, form: Format, codes: torch.Tensor) -> torch.Tensor:
+        """Packed codes of the whole parameter, one a byte in its shape."""
+        if tuple(codes.shape) == tuple(self.p.shape) or codes.numel() != form.stored_count(self.p.numel()):
+            return codes
+        return unpacked(codes, self.p.numel()).view(self.p.shape)
+
+
+# What a step refuses, and the gradients it takes
+
+
+def check_sharded(what: str, p, projection, formats) -> None:
+    """Raises RuntimeError for a DTensor parameter that cannot be stepped in shards."""
+    if is_partial(p):
+        raise RuntimeError(f"{what} has Partial placements {p.placements}. Redistribute it to Shard or Replicate.")
+    if projection is not None:
+        raise RuntimeError(
+            f"{what} is a DTensor, and {type(projection).__name__} needs the whole tensor. Use a rule without projection or "
+            "factors for sharded parameters (AdamW, Lion, SGD, LAMB, LARS), or DDP, which keeps them whole."
+        )
+    if not local(p).is_contiguous() and any(form.block for form in formats):
+        raise RuntimeError(
+            f"{what} has a shard of strides {local(p).stride()}: blockwise states need contiguous ones. Make the parameter "
+            "contiguous before it is distributed, or use state_format='fp32' or 'bf16'."
+        )
+
+
+def local_gradients(name: str, params: list, grads: list) -> list:
+    """The shards of gradients that go with the parameters'. One that is split otherwise, or still a sum to be made
+    (Partial), is redistributed first, as torch.optim's operations do."""
+    if set(map(type, grads)) <= {torch.Tensor, type(None)}:
+        return grads
+    return [
+        _local_gradient(name, i, p, g) if is_dtensor(g) else g
+        for i, (p, g) in enumerate(zip(params, grads, strict=True))
+    ]
+
+
+def _local_gradient(name: str, index: int, p: torch.Tensor, g) -> torch.Tensor:
+    if not is_dtensor(p) or g.device_mesh != p.device_mesh:
+        mine = f"on {p.device_mesh}" if is_dtensor(p) else "a plain tensor"
+        raise RuntimeError(
+            f"{name}: parameter {index} (shape {tuple(p.shape)}) is {mine}, its gradient a DTensor on {g.device_mesh}. "
+            "Assign a gradient that is distributed like the parameter."
+        )
+    return local(g if g.placements == p.placements else g.redistribute(placements=p.placements))
+
+
+# Sums over a mesh
+
+
+def split_groups(t) -> tuple:
+    """The process groups whose members hold different parts of a tensor; none for a plain tensor. Replicas count once."""
+    return tuple(t.device_mesh.get_group(i) for i, _ in sharded_dims(t)) if is_dtensor(t) else ()
+
+
+def add_up(x: torch.Tensor, groups: tuple) -> torch.Tensor:
+    """x summed over process groups, in place."""
+    for group in groups:
+        torch.distributed.all_reduce(x, group=group)
+    return x
+
+
+class MeshSums:
+    """Sums of the sharded slots of a device, over the processes that hold their shards: one collective per mesh dimension
+    and kind of sum, on the device, in the order of the parameters, which is the same on every process.
+
+    normed: the buckets whose sums of squares are in `totals`, in this order; each holds slots of the same split_groups.
+    """
+
+    def __init__(self, slots, normed, device: torch.device):
+        self.trusted: dict[str, list[tuple[torch.Tensor, tuple]]] = {}
+        for kind in ("gradient", "update"):
+            ids: dict[tuple, list[int]] = {}
+            for slot in slots:
+                if slot.rule.trust_on == kind and slot.groups:
+                    ids.setdefault(slot.groups, []).append(slot.tensor_id)
+            self.trusted[kind] = [(torch.tensor(v, device=device), groups) for groups, v in ids.items()]
+        empty = [slot.tensor_id for slot in slots if slot.rule.trust_on and not slot.param.numel()]
+        self.empty = torch.tensor(empty, dtype=torch.int64, device=device)
+        self.squares = []
+        for groups in dict.fromkeys(slot.groups for slot in slots):
+            launches = [i for i, bucket in enumerate(normed) if bucket.slots[0].groups == groups]
+            self.squares.append((torch.tensor(launches, dtype=torch.int64, device=device), groups))
+
+    def trust(self, kind: str, sums: torch.Tensor | None) -> None:
+        """Completes the per-tensor sums that trust ratios of a kind read: |p|^2 with |g|^2 or |u|^2."""
+        for index, groups in self.trusted[kind]:
+            if self.empty.numel():  # no launch writes these
+                sums.index_fill_(0, self.empty, 0)
+            whole = add_up(sums.index_select(0, index).double(), groups)
+            sums.index_copy_(0, index, whole.to(sums.dtype))
+
+    def square_sum(self, totals: torch.Tensor) -> torch.Tensor:
+        """The sum of squares over all tensors, fp64 [1], from those of each launch of this process."""
+        parts = [add_up(totals.index_select(0, index).double().sum(0, True), groups) for index, groups in self.squares]
+        return torch.stack(parts).sum(0)
+
+
+def anywhere(flag: torch.Tensor, params) -> bool:
+    """Whether a flag (0-dim, non-negative) is set on any process that shares a DTensor of params. Waits for the device."""
+    flag = flag.float().view(1)
+    for groups in dict.fromkeys(split_groups(p) for p in params):
+        add_up(flag, groups)
+    return bool(flag)
