@@ -11,7 +11,7 @@ import torch
 from fusedopt import states as st
 from fusedopt.checks import describe
 from fusedopt.conversion import convert, for_loading, to_bitsandbytes
-from fusedopt.distributed import LocalEntry, Loader, as_dtensor, entry_of, is_dtensor, local, portable
+from fusedopt.distributed import Loader, LocalEntry, as_dtensor, entry_of, is_dtensor, local, portable
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS

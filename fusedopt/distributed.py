@@ -115,8 +115,8 @@ class LocalEntry(MutableMapping):
                 return value
             whole = scales_shape(self.p, form)
             return as_dtensor(value.view(*self.shard.shape[: len(whole) - 1], whole[-1]), self.p, whole)
-        if value.shape == self.shard.shape:
-            return as_dtensor(value, self.p, self.p.shape, self.p.stride())
+        if value.shape == self.shard.shape and not (value.dtype == torch.uint8 and value.numel() == 1):
+            return as_dtensor(value, self.p, self.p.shape, self.p.stride())  # one code fills a byte in every format
         if value.dim() == self.p.dim() and packs_in_shape(self.p):
             return as_dtensor(value, self.p, (*self.p.shape[:-1], self.p.shape[-1] // 2))
         return value
@@ -169,7 +169,7 @@ def portable(p, stored: dict) -> dict:
         elif st.stored_format(stored, name).bits == 4:
             out[name] = as_dtensor(unpacked(value, shard.numel()).view(shard.shape), p, p.shape)
         else:
-            out[name] = value
+            out[name] = as_dtensor(value, p, p.shape)
     return out
 
 
