@@ -38,7 +38,8 @@ enum Column : int32_t {
   kMeta = 11,     // tensor id << 32 | scalar row
   kGrain = 12,    // index of the tensor's first entry in the partial sums (one entry per kGrainSize elements)
   kCompanion = 13,  // Kahan compensation (the parameter's dtype), low bits (int8, int16) or master weight (fp32); 0 where there is none
-  kColumns = 14,
+  kFirstOctet = 14,  // where a row's random bits begin: eighths of the elements before it, of the tensor that it is a shard of
+  kColumns = 15,
 };
 
 constexpr int kMaxStates = 4;

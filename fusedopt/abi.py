@@ -34,7 +34,10 @@ class Column(IntEnum):
     META = 11  # tensor id << 32 | scalar row
     GRAIN = 12  # first entry of the tensor in the partial sums
     COMPANION = 13
-    COUNT = 14
+    FIRST_OCTET = (
+        14  # where a row's random bits begin, in octets of elements: of a shard, those before it in its tensor
+    )
+    COUNT = 15
 
 
 MAX_STATES = 4

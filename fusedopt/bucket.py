@@ -39,6 +39,7 @@ class Slot:
     row: int = 0
     plain_row: int = 0  # a site's second scalar row, for launches over updates
     owner: torch.Tensor | None = None  # what the optimizer's groups hold: param, or the DTensor it is a shard of
+    first_octet: int = 0  # where its random bits begin
     groups: tuple = ()  # process groups over which its shards are spread
 
     @property
@@ -105,6 +106,7 @@ class Bucket:
             columns[Column.GRAIN * rows + i] = grain
             companion = None if slot.site is not None else slot.companion
             columns[Column.COMPANION * rows + i] = 0 if companion is None else companion.data_ptr()
+            columns[Column.FIRST_OCTET * rows + i] = slot.first_octet
             grain += grains[i]
 
     def items(self, grads: list[torch.Tensor] | None) -> list[Item]:
@@ -117,6 +119,7 @@ class Bucket:
                 s.tensor_id,
                 s.row,
                 s.companion if s.site is None else None,
+                s.first_octet,
             )
             for s in self.slots
         ]

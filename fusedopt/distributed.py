@@ -266,6 +266,23 @@ class Loader:
         return unpacked(codes, self.p.numel()).view(self.p.shape)
 
 
+def first_octet(p: torch.Tensor) -> int:
+    """Where the random bits of a shard begin, in octets of elements: where the shard does, if the first dimension alone is
+    split and that is a multiple of 8; so a sharded run rounds as one process does. Otherwise somewhere of its own."""
+    if not is_dtensor(p) or not local(p).numel():
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, split = p.device_mesh, sharded_dims(p)
+    if all(dim == 0 for _, dim in split):
+        _, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
+        return -(-offset[0] * prod(p.shape[1:]) // 8) if offset else 0
+    place = 0
+    for i, _ in split:
+        place = place * mesh.size(i) + mesh.get_local_rank(i)
+    return place * -(-p.numel() // 8)
+
+
 # What a step refuses, and the gradients it takes
 
 

@@ -17,7 +17,7 @@ from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.bucket import Bucket, Slot
 from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected, check_quantized, describe
-from fusedopt.distributed import MeshSums, check_sharded, is_dtensor, local, split_groups
+from fusedopt.distributed import MeshSums, check_sharded, first_octet, is_dtensor, local, split_groups
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
@@ -281,7 +281,7 @@ class Plan:
         source = None if opt._low_rank is None else opt._low_rank.of(owner)
         return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
                     copy_grad=source is None and not strides_match(g, work_param), grad_dtype=g.dtype, source=source, owner=owner,
-                    groups=split_groups(owner))  # fmt: skip
+                    groups=split_groups(owner), first_octet=first_octet(owner))  # fmt: skip
 
     def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
         site = slot.site

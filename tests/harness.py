@@ -154,6 +154,7 @@ def make_problem(
                 3 * i + 1,
                 i % 2,
                 companion,
+                5 * i + 2**33 * (i > 1),  # the second word of a Philox counter counts too
             )
         )
     grains = [-(-n // GRAIN_SIZE) for n in numels]
@@ -168,6 +169,7 @@ def make_problem(
         table[Column.META, i] = item.tensor_id << 32 | item.scalar_row
         table[Column.GRAIN, i] = first
         table[Column.COMPANION, i] = 0 if item.companion is None else item.companion.data_ptr()
+        table[Column.FIRST_OCTET, i] = item.first_octet
         first += grains[i]
     scalars = bytearray(4 * abi.SCALAR_STRIDE * len(rows))
     for i, row in enumerate(rows):
@@ -216,6 +218,7 @@ def clone(problem: Problem) -> Problem:
             tuple(map(copy, it.scales)),
             *it[4:6],
             copy(it.companion),
+            it.first_octet,
         )
         for it in problem.work.items
     ]

@@ -241,7 +241,11 @@ def test_stores_are_the_reference_bit_for_bit(isa, dtype, precision):
         row = problem.work.numbers[item.scalar_row]
         x = keeps.load(item.param, item.companion, torch.float32)
         x = x - torch.tensor(row.lr, dtype=torch.float32) * item.grad
-        random16 = philox16(row.seed, row.step, item.tensor_id, x.numel()) if keeps.random else None
+        random16 = (
+            philox16(row.seed, row.step, item.tensor_id, x.numel(), first=8 * item.first_octet)
+            if keeps.random
+            else None
+        )
         expected.append(keeps.store(x, dtype, random16))
     run(problem, isa)
     for item, (p, companion) in zip(problem.work.items, expected, strict=True):
@@ -269,7 +273,7 @@ def test_stochastic_states_are_the_reference_bit_for_bit(isa):
         for i, (state, moment) in enumerate(zip(item.states, (item.grad, item.grad * item.grad), strict=True)):
             state.zero_()
             x = torch.tensor(weights[f"weight{i + 1}"], dtype=torch.float32) * moment
-            random16 = philox16(row.seed, row.step, item.tensor_id, x.numel(), stream=1 + i)
+            random16 = philox16(row.seed, row.step, item.tensor_id, x.numel(), stream=1 + i, first=8 * item.first_octet)
             want.append(round_stochastic(x, torch.bfloat16, random16))
     run(problem, isa)
     assert_bitwise([s.clone() for it in problem.work.items for s in it.states], want)

@@ -144,7 +144,7 @@ def test_weights_have_the_bits_of_the_contract(cuda, precision, dtype):
     for item in given.work.items:
         row = given.work.numbers[item.scalar_row]
         p, lr = keeps.load(item.param, item.companion, F32), torch.tensor(row.lr, dtype=F32)
-        random16 = philox16(row.seed, row.step, item.tensor_id, p.numel())
+        random16 = philox16(row.seed, row.step, item.tensor_id, p.numel(), first=8 * item.first_octet)
         want += [t for t in keeps.store(p - (lr * item.grad + 0.0 * p), dtype, random16) if t is not None]
     given.run(cuda)
     assert_bitwise(snapshot(given), want)
@@ -161,7 +161,7 @@ def test_bf16_states_have_random_bits_of_their_own_stream(cuda, rule, state):
     for item in given.work.items:
         row = given.work.numbers[item.scalar_row]
         x = item.grad.clone() if state == 0 else item.grad * item.grad
-        random16 = philox16(row.seed, row.step, item.tensor_id, x.numel(), stream=1 + state)
+        random16 = philox16(row.seed, row.step, item.tensor_id, x.numel(), stream=1 + state, first=8 * item.first_octet)
         want.append(round_stochastic(x, BF16, random16))
     given.run(cuda)
     assert_bitwise([item.states[state] for item in given.work.items], want)

@@ -40,10 +40,10 @@ def store_kernel(x, p, c, scale, back, numel, seed, step, tensor, PRECISION: tl.
     value = tl.load(x + first + local, mask=inside, other=0.0)
     key = tl.load(seed).to(tl.uint64, bitcast=True)
     if FORMAT >= 0:
-        store_state(value, p, scale, tile, local, inside, whole, left, key, step, tensor, 3, FORMAT, True)
+        store_state(value, p, scale, tile, local, inside, whole, left, key, step, tensor, 0, 3, FORMAT, True)
     else:
         companion = c + first if PRECISION > 1 else c
-        store_param(value, p + first, companion, tile, local, inside, whole, key, step, tensor, PRECISION, True)
+        store_param(value, p + first, companion, tile, local, inside, whole, key, step, tensor, 0, PRECISION, True)
         loaded = load_param(p + first, companion, local, inside, whole, PRECISION, True)
         tl.store(back + first + local, loaded, mask=inside)
 

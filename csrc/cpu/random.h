@@ -68,7 +68,7 @@ FO_HD void interleave(OctetVector a, OctetVector b, OctetVector& even, OctetVect
 #endif
 }
 
-// 16 bits of a stream (philox.h) for each of n elements from element `start`, a multiple of 256. In little-endian memory the words
+// 16 bits of a stream (philox.h) for each of n elements from element `start`, a multiple of 8. In little-endian memory the words
 // of an octet are its elements' bits in order. `out` has room for a multiple of 256.
 static inline void random_bits(const Head& head, uint32_t tensor, int stream, int64_t start, int n, uint16_t* out) {
   constexpr int lanes = kOctetLanes, step = lanes * kTogether;

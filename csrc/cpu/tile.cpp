@@ -130,7 +130,7 @@ void store_param(const Launch& launch, const Row& row, const Head& head, int64_t
   const int early = int(offset % kBlock);  // rows of a matrix may start anywhere, random bits do at a block
   const uint16_t* random = bits + early;
   if (launch.precision == kStochastic || launch.precision == kKahan || launch.precision == kSplit24) {
-    random_bits(head, uint32_t(row.tensor()), 0, offset - early, n + early, bits);
+    random_bits(head, uint32_t(row.tensor()), 0, 8 * row[kFirstOctet] + offset - early, n + early, bits);
   }
   switch (launch.precision) {
     case kStochastic:
@@ -170,7 +170,7 @@ void store_state(const Launch& launch, const Row& row, const Head& head, int i, 
   uint16_t* out = at<uint16_t>(row[kState + i], offset);
   if (id == kFormatBF16) return store_bf16(values, n, out);
   uint16_t random[kTile];
-  random_bits(head, uint32_t(row.tensor()), 1 + i, offset, n, random);
+  random_bits(head, uint32_t(row.tensor()), 1 + i, 8 * row[kFirstOctet] + offset, n, random);
   store_bf16_stochastic(values, random, n, out);
 }
 

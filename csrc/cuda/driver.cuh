@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
     numbers.grad = make_stream(entry(launch, kGrad, work.row), dtype_shift(mode.grad_dtype()), work.first).base;
     if (has_companion(mode.precision()))
       numbers.companion = make_stream(entry(launch, kCompanion, work.row), companion_shift(mode.precision()), work.first).base;
-    numbers.octet = work.first / kOctet;
+    numbers.octet = uint64_t(work.first) / kOctet + uint64_t(entry(launch, kFirstOctet, work.row));
     numbers.tensor = uint32_t(work.meta >> 32);
     for (int i = 0; i < kStates; ++i)
       numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + (work.first >> block_shift(mode.format(i)));

@@ -30,7 +30,7 @@ class BucketKey(NamedTuple):
 class Item(NamedTuple):
     """The tensors of one row. All share one dense memory layout, except packed states and scales (fp32 [blocks] or None).
 
-    companion: what the param_precision keeps beside the parameter, or None.
+    companion: what the param_precision keeps beside the parameter, or None. first_octet: where its random bits begin.
     """
 
     param: torch.Tensor
@@ -40,6 +40,7 @@ class Item(NamedTuple):
     tensor_id: int
     scalar_row: int
     companion: torch.Tensor | None = None
+    first_octet: int = 0
 
 
 class RowNumbers(NamedTuple):

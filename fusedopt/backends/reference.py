@@ -107,7 +107,7 @@ class ReferenceBackend(MatrixKernels):
         p = u if only_direction else p - (lr * u + _as(row.decay, p) * p)
 
         def random16(stream: int):
-            return philox16(row.seed, row.step, item.tensor_id, n, p.device, stream)
+            return philox16(row.seed, row.step, item.tensor_id, n, p.device, stream, 8 * item.first_octet)
 
         precision = work.precision
         if item.param.dtype in precision.dtypes and precision.name != "nearest":

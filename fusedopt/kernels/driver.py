@@ -48,7 +48,7 @@ def launch_options(fixed: dict, nvidia: bool) -> dict:
 @triton.jit
 def step_tile(
     p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
-    mul, l2, q, lr, decay, seed, step, tensor,
+    mul, l2, q, lr, decay, seed, step, tensor, first_octet,
     DIRECTION: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -93,25 +93,25 @@ def step_tile(
     else:
         if F0 >= 0:
             store_state(
-                s0, p0, a0, tile, local, inside, whole, left, seed, step, tensor, 1, F0, ALIGNED
+                s0, p0, a0, tile, local, inside, whole, left, seed, step, tensor, first_octet, 1, F0, ALIGNED
             )  # fmt: skip
         if F1 >= 0:
             store_state(
-                s1, p1, a1, tile, local, inside, whole, left, seed, step, tensor, 2, F1, ALIGNED
+                s1, p1, a1, tile, local, inside, whole, left, seed, step, tensor, first_octet, 2, F1, ALIGNED
             )  # fmt: skip
         if F2 >= 0:
             store_state(
-                s2, p2, a2, tile, local, inside, whole, left, seed, step, tensor, 3, F2, ALIGNED
+                s2, p2, a2, tile, local, inside, whole, left, seed, step, tensor, first_octet, 3, F2, ALIGNED
             )  # fmt: skip
         if F3 >= 0:
             store_state(
-                s3, p3, a3, tile, local, inside, whole, left, seed, step, tensor, 4, F3, ALIGNED
+                s3, p3, a3, tile, local, inside, whole, left, seed, step, tensor, first_octet, 4, F3, ALIGNED
             )  # fmt: skip
         if PHASE == DIRECTION_ONLY:
             p = u
         else:  # one rounding of p: a decay below half an ulp is not lost on its own
             p = p - (lr * u + decay * p)
-        store_param(p, p_at, c_at, tile, local, inside, whole, seed, step, tensor, PRECISION, ALIGNED)
+        store_param(p, p_at, c_at, tile, local, inside, whole, seed, step, tensor, first_octet, PRECISION, ALIGNED)
 
 
 @triton.jit
@@ -170,6 +170,7 @@ def step_kernel(
     numel = tl.load(table + 10 * rows + row)
     meta = tl.load(table + 11 * rows + row)
     tensor = meta >> 32
+    first_octet = tl.load(table + 14 * rows + row)
     head = scalars + (meta & 0xFFFFFFFF) * 32
     p_row = row_pointer(table, 1, rows, row, PARAM, 16 if ALIGNED else 1)
     g_row = row_pointer(table, 0, rows, row, GRAD, 16 if ALIGNED else 1)
@@ -230,7 +231,8 @@ def step_kernel(
         else:
             step_tile(
                 p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
-                mul, l2, q, lr, decay, seed, step, tensor, DIRECTION, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
+                mul, l2, q, lr, decay, seed, step, tensor, first_octet,
+                DIRECTION, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
             )  # fmt: skip
             tile += 1
 

@@ -74,12 +74,13 @@ def load_param(p, c, local, inside, whole, PRECISION: tl.constexpr, ALIGNED: tl.
 
 @triton.jit
 def store_param(
-    x, p, c, tile, local, inside, whole, seed, step, tensor, PRECISION: tl.constexpr, ALIGNED: tl.constexpr
-):
+    x, p, c, tile, local, inside, whole, seed, step, tensor, first_octet,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """p, c: of the tile's first element."""
     random16 = None
     if PRECISION == STOCHASTIC or PRECISION == KAHAN or PRECISION == SPLIT24:
-        random16 = uniform16(seed, step, tensor, tile, 0, local.shape[0])
+        random16 = uniform16(seed, step, tensor, first_octet, tile, 0, local.shape[0])
     store_rounded(x, random16, p, c, local, inside, whole, PRECISION, ALIGNED)
 
 

@@ -31,9 +31,9 @@ def octet_bits(seed, step, tensor, octet, STREAM: tl.constexpr):
 
 
 @triton.jit
-def uniform16(seed, step, tensor, tile, STREAM: tl.constexpr, ROWS: tl.constexpr):
-    """uint32 (ROWS, 256) random words below 2^16 for the elements of a tile. tile: int64."""
-    octet = tile * (ROWS * 32) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+def uniform16(seed, step, tensor, first_octet, tile, STREAM: tl.constexpr, ROWS: tl.constexpr):
+    """uint32 (ROWS, 256) random words below 2^16 for the elements of a tile. tile: int64. first_octet: of tile 0."""
+    octet = first_octet + tile * (ROWS * 32) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     return octet_bits(seed, step, tensor, octet, STREAM)
 
 

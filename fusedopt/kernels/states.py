@@ -154,7 +154,7 @@ def load_state(p, scales, tile, local, inside, whole, left, FORMAT: tl.constexpr
 
 @triton.jit
 def store_state(
-    x, p, scales, tile, local, inside, whole, left, seed, step, tensor,
+    x, p, scales, tile, local, inside, whole, left, seed, step, tensor, first_octet,
     STREAM: tl.constexpr, FORMAT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     FORMAT_ID: tl.constexpr = FORMAT & 0xFF
@@ -164,7 +164,7 @@ def store_state(
     elif FORMAT_ID == BF16:
         store_stream(p_at, to_bf16(x), local, inside, whole, ALIGNED)
     elif FORMAT_ID == BF16_STOCHASTIC:
-        random16 = uniform16(seed, step, tensor, tile, STREAM, local.shape[0])
+        random16 = uniform16(seed, step, tensor, first_octet, tile, STREAM, local.shape[0])
         store_stream(p_at, bf16_stochastic(x, random16), local, inside, whole, ALIGNED)
     else:
         store_codes(x, p, scales, tile, local, inside, whole, left, FORMAT, ALIGNED)

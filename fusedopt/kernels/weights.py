@@ -81,7 +81,7 @@ def update_kernel(
     p = tl.where(inside, difference * tl.load(scale + group, mask=owned, other=0.0)[:, None], 0.0)
     direction = widen(load_stream(u + (start - begin), local, inside, whole, 0.0, ALIGNED))
     p = p - (lr * factor * direction + decay * p)
-    random16 = uniform16(seed, step, tensor, tile, 0, TILE_GROUPS) if STOCHASTIC else local
+    random16 = uniform16(seed, step, tensor, 0, tile, 0, TILE_GROUPS) if STOCHASTIC else local
     new_codes, new_scale, new_zero = encode(p, random16, STOCHASTIC)
     store_stream(codes + start, new_codes, local, inside, whole, ALIGNED)
     tl.store(scale + group, new_scale, mask=owned)
