@@ -302,6 +302,36 @@ def check_sharded(what: str, p, projection, formats) -> None:
         )
 
 
+def partition_of(p: torch.Tensor) -> str | None:
+    """Whose flat partition a 1-D tensor is, None for a tensor of its own shape. ZeRO puts plain tensors in the place of an
+    optimizer's Parameters; FSDP1 marks its flat parameters and the views of them."""
+    if p.dim() != 1:
+        return None
+    if getattr(p, "_fsdp_flattened", False):
+        return "FullyShardedDataParallel (FSDP1)"
+    return "DeepSpeed ZeRO" if type(p) is torch.Tensor and "deepspeed" in sys.modules else None
+
+
+def check_partition(opt, what: str, owner: str, group: dict) -> None:
+    """Raises RuntimeError for what a flat partition of many tensors cannot have."""
+    name = type(opt).__name__
+    if opt.needs_shapes or opt.rule_for(group).trust_on:
+        raise RuntimeError(
+            f"{what} is a flat partition of {owner}, which does not know where its tensors begin; {name} needs their shapes. "
+            "Use an elementwise rule (AdamW, Adam, Lion, SGD), or fully_shard (FSDP2), which keeps tensors apart."
+        )
+    if group["projection"] is not None:
+        raise RuntimeError(
+            f"{what} is a flat partition of {owner}: there are no matrices for {group['projection'].name} to project. Use "
+            "projection=None, or DDP, which keeps tensors whole."
+        )
+    if opt.clip_grad_norm is not None:
+        raise RuntimeError(
+            f"{what} is a flat partition of {owner}, and clip_grad_norm would see this process's part of the gradients only. "
+            f"Leave clipping to {owner} (gradient_clipping in DeepSpeed's configuration, FSDP's clip_grad_norm_)."
+        )
+
+
 def local_gradients(name: str, params: list, grads: list) -> list:
     """The shards of gradients that go with the parameters'. One that is split otherwise, or still a sum to be made
     (Partial), is redistributed first, as torch.optim's operations do."""

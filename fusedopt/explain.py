@@ -98,29 +98,29 @@ class PlanReport:
     def _notes(self) -> list[str]:
         notes = []
         for slot in self._plan.slots:
-            what = f"parameter {slot.tensor_id} {tuple(slot.param.shape)}"
+            what = f"parameter {slot.tensor_id} {tuple(slot.owner.shape)}"
             wanted = self._plan.opt.param_groups[slot.group]
-            small = slot.param.numel() < wanted["min_quantized_numel"]
+            small = slot.owner.numel() < wanted["min_quantized_numel"]
             asked = wanted["state_format"]
             if small and asked != "fp32" and slot.rule.states and all(f.name == "fp32" for f in slot.formats):
                 notes.append(
                     f"{what}: fp32 states, fewer than min_quantized_numel={wanted['min_quantized_numel']} elements"
                 )
-            if options := option_overrides(slot.param):
+            if options := option_overrides(slot.owner):
                 notes.append(f"{what}: overridden, {', '.join(f'{k}={v!r}' for k, v in options.items())}")
-            projection = self._plan.opt.projection_for(slot.param, wanted)
-            asked = option_overrides(slot.param).get("projection", wanted["projection"])
+            projection = self._plan.opt.projection_for(slot.owner, wanted)
+            asked = option_overrides(slot.owner).get("projection", wanted["projection"])
             if projection is not None:
                 shape = slot.site.shape
                 notes.append(
                     f"{what}: projected by {projection.name}, {shape[0]} x {shape[1]} to {_low_rank(slot.site)}"
                 )
             elif asked is not None:
-                notes.append(f"{what}: not projected, {asked.refuses(slot.param)}")
+                notes.append(f"{what}: not projected, {asked.refuses(slot.owner)}")
             if slot in self._plan.gapped:
                 notes.append(f"{what}: a view with gaps, stepped through a dense copy")
             elif slot.copy_grad:
-                notes.append(f"{what}: gradient copied to the parameter's strides {slot.param.stride()} each step")
+                notes.append(f"{what}: gradient copied to the parameter's strides {slot.owner.stride()} each step")
         return notes
 
     def explain(self) -> str:

@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from fusedopt.distributed import local
 from fusedopt.memory import flat, is_dense
 
 STEPS = (10, 100, 1000)  # the first ones may still be warming up
@@ -36,16 +37,19 @@ class LostUpdates:
         rounded = [s for s in slots if self._counts(s, groups)]
         for slot in rounded[:: max(1, len(rounded) // TENSORS)][:TENSORS]:
             part = flat(slot.param.detach())[:ELEMENTS]
-            self._sample.append((part, part.clone(), flat(slot.param.grad)[:ELEMENTS]))
+            self._sample.append((part, part.clone(), flat(local(slot.owner.grad))[:ELEMENTS]))
 
     @staticmethod
     def _counts(slot, groups: list[dict]) -> bool:
         p, lr = slot.param, groups[slot.group]["lr"]
+        grad = slot.owner.grad
         if slot.quantized:
+            return False
+        if grad is None or local(grad).shape != p.shape or slot.copy_grad:
             return False
         plain = p.dtype in (torch.bfloat16, torch.float16) and slot.precision.name == "nearest"
         stopped = not isinstance(lr, torch.Tensor) and lr == 0
-        return plain and not stopped and p.numel() > 0 and is_dense(p) and not slot.copy_grad and p.grad is not None
+        return plain and not stopped and p.numel() > 0 and is_dense(p)
 
     def after(self, found_inf: torch.Tensor | None) -> None:
         """Called after each step: counts what stayed although it had a gradient and was not skipped by found_inf."""

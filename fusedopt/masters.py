@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt.distributed import as_dtensor, entry_of, is_dtensor, local, shard_of
 from fusedopt.memory import empty_like, flat, is_dense
 from fusedopt.precision import NEAREST, ParamPrecision, get_precision, list_precisions
 from fusedopt.states import option_overrides
@@ -101,7 +102,8 @@ def fp32_state_dict(opt, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     out = model.state_dict()
     for name, (p, _) in _managed(opt, model, "fp32_state_dict").items():
         if name in out and p.dtype != torch.float64:
-            out[name] = weights(p, opt.state.get(p, {}))
+            exact = weights(local(p), entry_of(p, opt.state.get(p, {})))
+            out[name] = as_dtensor(exact, p, p.shape, p.stride()) if is_dtensor(p) else exact
     return out
 
 
@@ -120,5 +122,10 @@ def load_fp32_state_dict(opt, model: torch.nn.Module, state_dict: dict[str, torc
     result = model.load_state_dict(state_dict, strict=strict)
     for name, (p, group) in managed.items():
         if name in state_dict and p.dtype in (torch.bfloat16, torch.float16):
-            set_weights(p, opt.state[p], configured_precision(p, group), state_dict[name].detach())
+            values = state_dict[name].detach()
+            if is_dtensor(p):
+                values = (
+                    local(values.redistribute(placements=p.placements)) if is_dtensor(values) else shard_of(p, values)
+                )
+            set_weights(local(p), entry_of(p, opt.state[p]), configured_precision(p, group), values)
     return result

@@ -7,6 +7,7 @@ import torch
 from fusedopt.abi import DTYPE_CODES, GRAIN_SIZE, Column, Phase, chunk_size, chunk_table
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Item, Work
+from fusedopt.distributed import add_up, is_dtensor, is_partial, local, split_groups
 from fusedopt.memory import flat, is_dense
 from fusedopt.precision import get_precision
 from fusedopt.rule import get_rule
@@ -44,25 +45,38 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
 def global_norm(tensors) -> torch.Tensor:
     """L2 norm over all elements of all tensors (an iterable, None entries skipped): fp32, 0-dim, on the first one's device.
 
-    One launch per device and dtype. Raises RuntimeError for sparse or complex tensors.
+    One launch per device and dtype. Of a DTensor all shards count, replicas once; every process of its mesh must call this.
+    Raises RuntimeError for sparse or complex tensors, and for Partial DTensors.
     """
     found = [t for t in tensors if t is not None]
-    groups: dict = {}
+    spread: dict[tuple, list] = {}
     for i, t in enumerate(found):
         if t.layout != torch.strided or not t.dtype.is_floating_point:
             raise RuntimeError(f"global_norm: tensor {i} ({t.dtype}, {t.layout}) must be dense and floating point")
+        if is_dtensor(t) and is_partial(t):
+            raise RuntimeError(f"global_norm: tensor {i} is Partial. Redistribute it to Shard or Replicate.")
+        spread.setdefault(split_groups(t), []).append(local(t))
+    if not spread:
+        return torch.zeros(())
+    home = local(found[0]).device
+    parts = [add_up(_square_sum(mine, home), groups) for groups, mine in spread.items()]
+    return torch.stack(parts).sum().sqrt().float()
+
+
+def _square_sum(tensors: list[torch.Tensor], home: torch.device) -> torch.Tensor:
+    """fp64 [1] on a device: the sum of squares of the tensors of this process."""
+    groups: dict = {}
+    for t in tensors:
         if t.numel():
             groups.setdefault((t.device, t.dtype), []).append(t if is_dense(t) else t.contiguous())
-    if not groups:
-        return torch.zeros((), device=found[0].device if found else "cpu")
-    total = None
+    total = torch.zeros(1, dtype=torch.float64, device=home)
     for (_, dtype), mine in groups.items():
         if dtype in DTYPE_CODES:
             part = _sum_of_squares([flat(t) for t in mine]).double()
         else:
             part = torch.stack([t.double().square().sum() for t in mine]).sum().view(1)
-        total = part if total is None else total + part.to(total.device)
-    return total.sqrt().float().view(())
+        total += part.to(home)
+    return total
 
 
 @torch.no_grad()
@@ -75,6 +89,6 @@ def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = global_norm(grads)
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for g in grads:
+    for g in map(local, grads):
         g.mul_(clip.to(g.device))
     return norm

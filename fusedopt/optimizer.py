@@ -48,6 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     decay_mode = "coupled"
+    needs_shapes = False  # whether the rule looks at a tensor's dimensions, beside trust ratios and projections
     torch_counts_steps = True  # whether the torch.optim class of the rule keeps a step in its state
 
     def __init__(

@@ -17,7 +17,16 @@ from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.bucket import Bucket, Slot
 from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected, check_quantized, describe
-from fusedopt.distributed import MeshSums, check_sharded, first_octet, is_dtensor, local, split_groups
+from fusedopt.distributed import (
+    MeshSums,
+    check_partition,
+    check_sharded,
+    first_octet,
+    is_dtensor,
+    local,
+    partition_of,
+    split_groups,
+)
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
@@ -234,6 +243,8 @@ class Plan:
                 low_rank = opt._low_rank is not None and opt._low_rank.of(p) is not None
                 check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
                 check_precision(type(opt).__name__, tensor_id, p, group)
+                if owner := partition_of(p):
+                    check_partition(opt, describe(type(opt).__name__, tensor_id, p), owner, group)
                 if is_dtensor(p):
                     formats = st.configured_formats(p, group, opt.rule_for(group))
                     check_sharded(describe(type(opt).__name__, tensor_id, p), p, opt.projection_for(p, group), formats)

@@ -1,0 +1,42 @@
+"""Runs checks in several gloo processes on the CPU: one start of processes for many checks, the first failure stops them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _work(rank: int, world: int, port: int, checks: Sequence[Callable], arguments: tuple) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    for check in checks:
+        try:
+            torch.manual_seed(0)
+            check(*arguments)
+        except Exception as error:
+            raise AssertionError(f"{check.__name__} failed on process {rank} of {world}") from error
+    dist.barrier()  # nobody leaves while another one still waits for its answer
+    dist.destroy_process_group()
+
+
+def run(world: int, checks: Sequence[Callable], *arguments) -> None:
+    """Calls check(*arguments) for each check, one after the other, in `world` processes with a gloo group.
+
+    Raises the first failure of any process.
+    """
+    mp.spawn(_work, (world, free_port(), tuple(checks), arguments), world)

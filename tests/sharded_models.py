@@ -1,0 +1,96 @@
+"""A small model with every kind of shard, trained once in shards and once whole, from the same numbers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from fusedopt.precision import COMPANIONS
+
+
+def build(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Rows that do not come out even, fewer rows than processes (empty shards), rows of whole blocks, vectors."""
+    torch.manual_seed(1)
+    layers = (
+        nn.Linear(24, 65),
+        nn.Tanh(),
+        nn.Linear(65, 512),
+        nn.Tanh(),
+        nn.Linear(512, 19),
+        nn.LayerNorm(19),
+        nn.Linear(19, 1),
+    )
+    return nn.Sequential(*layers).to(dtype)
+
+
+def mesh(*shape: int):
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),))
+
+
+def sharded(dtype: torch.dtype = torch.float32, on=None) -> nn.Sequential:
+    model = build(dtype)
+    fully_shard(model, mesh=mesh() if on is None else on)
+    return model
+
+
+def backward(model: nn.Module, i: int) -> None:
+    """The gradients of step i; every process sees the same data, whose mean over 2 or 4 processes is exact."""
+    gen = torch.Generator().manual_seed(100 + i)
+    x = torch.randn(6, 24, generator=gen).to(next(model.parameters()).dtype)
+    model.zero_grad()
+    model(x).float().square().mean().backward()
+
+
+def whole(t) -> torch.Tensor:
+    if not isinstance(t, DTensor):
+        return t.detach()
+    if t.dtype == torch.int16:  # neither gloo nor NCCL sends 16-bit integers
+        return t.to(torch.int32).full_tensor().to(torch.int16)
+    return t.full_tensor()
+
+
+def set_whole_grads(model: nn.Module, i: int, scale: float = 1.0) -> None:
+    """Random gradients, the same for a sharded model and a whole one, without a backward pass."""
+    gen = torch.Generator().manual_seed(200 + i)
+    for p in model.parameters():
+        g = (torch.randn(p.shape, generator=gen) * scale).to(p.dtype)
+        if isinstance(p, DTensor):
+            replicated = DTensor.from_local(g, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+            g = replicated.redistribute(placements=p.placements)
+        p.grad = g
+
+
+def train(model: nn.Module, opt, first: int, last: int) -> None:
+    for i in range(first, last):
+        set_whole_grads(model, i)
+        opt.step()
+
+
+def contents(model: nn.Module, opt) -> list[torch.Tensor]:
+    """Parameters, decoded states, companions and step counts, whole."""
+    decoded = opt.state_dict(format="torch")["state"]
+    out = weights(model)
+    for i, p in enumerate(model.parameters()):
+        out += [whole(v).clone() for v in decoded[i].values()]
+        out += [whole(opt.state[p][name]).clone() for name in COMPANIONS if name in opt.state[p]]
+    return out
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [whole(p).clone() for p in model.parameters()]
+
+
+def assert_equal(a: list[torch.Tensor], b: list[torch.Tensor], what: str = "") -> None:
+    """Bit for bit."""
+    assert len(a) == len(b), f"{what}: {len(a)} tensors and {len(b)}"
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert x.dtype == y.dtype and x.shape == y.shape, (
+            f"{what}: tensor {i}, {x.dtype} {x.shape} and {y.dtype} {y.shape}"
+        )
+        assert torch.equal(x, y), (
+            f"{what}: tensor {i} {tuple(x.shape)} differs by {(x.double() - y.double()).abs().max()}"
+        )
