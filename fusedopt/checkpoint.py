@@ -11,7 +11,7 @@ import torch
 from fusedopt import states as st
 from fusedopt.checks import describe
 from fusedopt.conversion import convert, for_loading, to_bitsandbytes
-from fusedopt.distributed import Loader, LocalEntry, as_dtensor, entry_of, is_dtensor, local, portable
+from fusedopt.distributed import Loader, LocalEntry, as_dtensor, entry_of, gathered, is_dtensor, local, portable
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS
@@ -85,6 +85,8 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> d
     if is_dtensor(p):
         entry, out, p = Loader(what, p, entry).load(rule), LocalEntry(p, {}), local(p)
         likes = [p] * len(likes)
+    elif projection is None:
+        entry = gathered(p, entry, rule)
     step = entry.get("step", 1.0 if present else 0.0)  # torch.optim.SGD counts no steps
     step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
     on_device = opt.steps_on_device(p, group)

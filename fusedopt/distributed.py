@@ -142,10 +142,10 @@ def unpacked(codes: torch.Tensor, numel: int) -> torch.Tensor:
     return torch.stack([codes >> 4, codes & 15], 1).view(-1)[:numel]
 
 
-def packed(codes: torch.Tensor) -> torch.Tensor:
-    """Two 4-bit codes a byte, flat; the reverse of `unpacked`."""
+def packed(codes: torch.Tensor, zero: int) -> torch.Tensor:
+    """Two 4-bit codes a byte, flat; the reverse of `unpacked`. zero: the code that fills up the last byte."""
     codes = codes.reshape(-1)
-    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=zero).view(-1, 2)
     return pairs[:, 0] << 4 | pairs[:, 1]
 
 
@@ -228,42 +228,62 @@ class Loader:
     def _coded(self, name: str, form: Format, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of the shard: bit for bit where its blocks are blocks of what was saved, else encoded anew."""
         codes, scales = self.entry[name], self.entry[st.scale_name(name, form)]
-        size, whole = granule(self.p, form), scales_shape(self.p, form)
-        if not is_dtensor(codes) and form.bits == 4:
-            codes = self._whole_codes(name, form, codes)
-        if not is_dtensor(scales) and scales.dim() == 1 and tuple(scales.shape) != whole:
-            if scales.numel() != form.scale_count(self.p.numel()):
+        size, whole, n = granule(self.p, form), scales_shape(self.p, form), self.p.numel()
+        if scales.dim() == 1 and not is_dtensor(scales):  # of a whole tensor: its own blocks
+            if scales.numel() != form.scale_count(n) or codes.numel() != form.stored_count(n):
                 raise ValueError(
-                    f"{self.what}: the loaded {form.name} state {name!r} needs {form.scale_count(self.p.numel())} scales, "
-                    f"not {scales.numel()}. Load a complete state dict."
+                    f"{self.what}: the loaded {form.name} state {name!r} has {codes.numel()} codes and {scales.numel()} scales, "
+                    f"not {form.stored_count(n)} and {form.scale_count(n)}. Load a complete state dict."
                 )
             first = torch.arange(prod(whole), device=scales.device) * size
             scales = scales[torch.div(first, form.block, rounding_mode="floor")].view(whole)
+            codes = (unpacked(codes, n) if form.bits == 4 else codes).view(self.p.shape)
         half = (
             (*self.p.shape[:-1], self.p.shape[-1] // 2) if form.bits == 4 and packs_in_shape(self.p) else self.p.shape
         )
         mine = self._part(name, codes, half, self.p.shape)
         scales = self._part(st.scale_name(name, form), scales, whole).reshape(-1)
-        n = self.shard.numel()
-        flat_codes = mine.reshape(-1)
-        if form.bits == 4 and mine.shape == self.shard.shape:
-            flat_codes = packed(flat_codes)
-        blocks = form.scale_count(n)
-        runs = form.block // size
-        if n:
-            padded = torch.cat([scales, scales[-1:].expand(blocks * runs - scales.numel())]).view(blocks, runs)
-            if bool((padded == padded[:, :1]).all()):
-                scales = padded[:, 0].contiguous()
-            else:
-                values = replace(form, block=size).decode(flat_codes, scales, signed, torch.float32, n)
-                flat_codes, scales = form.encode(values, signed)
-        return flat_codes.view(st.stored_shape(form, self.shard)), scales
+        return in_blocks(self.shard, mine, scales, size, form, signed)
 
-    def _whole_codes(self, name: str, form: Format, codes: torch.Tensor) -> torch.Tensor:
-        """Packed codes of the whole parameter, one a byte in its shape."""
-        if tuple(codes.shape) == tuple(self.p.shape) or codes.numel() != form.stored_count(self.p.numel()):
-            return codes
-        return unpacked(codes, self.p.numel()).view(self.p.shape)
+
+def in_blocks(shard: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, size: int, form: Format, signed: bool):
+    """Codes and scales as a step uses them, from scales one per `size` elements and codes that may lie one a byte.
+
+    Bit for bit where all scales of each block agree, as those of the blocks that were saved do; else encoded anew.
+    """
+    n, flat_codes = shard.numel(), codes.reshape(-1)
+    if form.bits == 4 and codes.shape == shard.shape:
+        flat_codes = packed(flat_codes, form.zero_code(signed) & 15)
+    if n:
+        blocks, runs = form.scale_count(n), form.block // size
+        padded = torch.cat([scales, scales[-1:].expand(blocks * runs - scales.numel())]).view(blocks, runs)
+        if bool((padded == padded[:, :1]).all()):
+            scales = padded[:, 0].contiguous()
+        else:
+            values = replace(form, block=size).decode(flat_codes, scales, signed, torch.float32, n)
+            flat_codes, scales = form.encode(values, signed)
+    return flat_codes.view(st.stored_shape(form, shard)), scales
+
+
+def gathered(p: torch.Tensor, entry: dict, rule) -> dict:
+    """An entry of a whole tensor, from one that may be a sharded tensor's, gathered (full_state_dict): one scale per block."""
+    out = dict(entry)
+    for state in rule.states:
+        form = st.stored_format(entry, state.name) if state.name in entry else None
+        scales = st.stored_scale(entry, state.name, form) if form is not None and form.block else None
+        if (
+            scales is None
+            or scales.dim() < 2
+            or not scales.numel()
+            or p.numel() % scales.numel()
+            or not p.is_contiguous()
+        ):
+            continue
+        size = p.numel() // scales.numel()
+        if form.block % size == 0 and entry[state.name].numel() in (p.numel(), form.stored_count(p.numel())):
+            codes, scales = in_blocks(p, entry[state.name], scales.reshape(-1), size, form, state.signed)
+            out[state.name], out[st.scale_name(state.name, form)] = codes, scales
+    return out
 
 
 def first_octet(p: torch.Tensor) -> int:

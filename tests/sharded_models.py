@@ -28,7 +28,8 @@ def build(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def mesh(*shape: int):
-    return init_device_mesh("cpu", shape or (dist.get_world_size(),))
+    shape = shape or (dist.get_world_size(),)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
 def sharded(dtype: torch.dtype = torch.float32, on=None) -> nn.Sequential:
