@@ -21,6 +21,7 @@ from fusedopt.projections import (
     list_projections,
 )
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
+from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
 from fusedopt.states import override, state_bytes
 from fusedopt.weights import Int8Weight, quantize_weights_
@@ -55,6 +56,7 @@ __all__ = [
     "QGaLore",
     "Lion",
     "MicroAdam",
+    "ReleasedGradients",
     "SubsetNorm",
     "SubspaceMomentum",
     "clip_grad_norm_",
@@ -69,6 +71,7 @@ __all__ = [
     "projected_linear",
     "quantize_blockwise",
     "quantize_weights_",
+    "release_gradients",
     "state_bytes",
     "use_backend",
 ]

@@ -22,25 +22,27 @@ class LostUpdates:
 
     def __init__(self, name: str):
         self.name, self.calls, self.told = name, 0, False
+        self._open = False  # whether a step that comes in parts is under way
+        self._counts: torch.Tensor | None = None  # of its parts so far
         self._sample: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pending: tuple[torch.Tensor, torch.cuda.Event | None, int] | None = None
 
     def before(self, slots, groups: list[dict]) -> None:
-        """Called before each step with the slots of the plan."""
-        self.calls += 1
+        """Called before each step, or part of one, with the slots of the plan."""
+        self.calls += not self._open
         if self._pending is not None:
             self._read()
         if self.told or self.calls not in STEPS:
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        rounded = [s for s in slots if self._counts(s, groups)]
+        rounded = [s for s in slots if self._takes(s, groups)]
         for slot in rounded[:: max(1, len(rounded) // TENSORS)][:TENSORS]:
             part = flat(slot.param.detach())[:ELEMENTS]
             self._sample.append((part, part.clone(), flat(local(slot.owner.grad))[:ELEMENTS]))
 
     @staticmethod
-    def _counts(slot, groups: list[dict]) -> bool:
+    def _takes(slot, groups: list[dict]) -> bool:
         p, lr = slot.param, groups[slot.group]["lr"]
         grad = slot.owner.grad
         if slot.quantized:
@@ -51,20 +53,30 @@ class LostUpdates:
         stopped = not isinstance(lr, torch.Tensor) and lr == 0
         return plain and not stopped and p.numel() > 0 and is_dense(p)
 
-    def after(self, found_inf: torch.Tensor | None) -> None:
-        """Called after each step: counts what stayed although it had a gradient and was not skipped by found_inf."""
+    def after(self, found_inf: torch.Tensor | None, part: bool = False) -> None:
+        """Called after each step: counts what stayed although it had a gradient and was not skipped by found_inf. After a part
+        of a step only counts; `finish` closes the step."""
+        self._open = part
         if not self._sample:
             return
-        device = self._sample[0][0].device
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        device = self._sample[0][0].device if self._counts is None else self._counts.device
+        counts = torch.zeros(2, dtype=torch.int64, device=device) if self._counts is None else self._counts
         for now, then, grad in self._sample:
             moved = grad != 0
             stayed = (now == then) & moved
-            counts += torch.stack([stayed.sum(), moved.sum()]).to(device)
+            counts = counts + torch.stack([stayed.sum(), moved.sum()]).to(device)
         if found_inf is not None:
             counts *= found_inf.to(device).view(()) == 0
-        self._sample = []
-        event = None
+        self._sample, self._counts = [], counts
+        if not part:
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends a step: its counts are read now, or as soon as the device has them."""
+        self._open, counts, self._counts = False, self._counts, None
+        if counts is None:
+            return
+        device, event = counts.device, None
         if device.type == "cuda":
             counts = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(counts, non_blocking=True)
             event = torch.cuda.Event()

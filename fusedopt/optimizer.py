@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from fusedopt.backends import select
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
 from fusedopt.options import check_clip, check_lr, check_nonnegative
+from fusedopt.parts import Parts
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import Projection, configured, places, states_like
@@ -20,6 +21,9 @@ from fusedopt.projections.lowrank import LowRankGradients
 from fusedopt.projections.quantized import UNPROJECTED
 from fusedopt.rule import Rule
 from fusedopt.weights import Int8Weight
+
+if TYPE_CHECKING:
+    from fusedopt.release import ReleasedGradients
 
 
 def _capturing() -> bool:
@@ -136,14 +140,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         entry = self.state.get(p, {}) if entry is None else entry
         return rule if projection is None else projection.rule_in(rule, entry)
 
-    def _take_turns(self) -> None:
-        """Before a step: projections that step whole tensors in turn say which ones have states now."""
+    def _take_turns(self, only: int | None = None) -> None:
+        """Before a step: projections that step whole tensors in turn say which ones have states now. only: a tensor id."""
         if not any(group["projection"] is not None and group["projection"].turns for group in self.param_groups):
             return
         owners = [(p, group) for group in self.param_groups for p in group["params"]]
         for index, (projection, place) in places(self).items():
             p, group = owners[index]
-            if projection.turns and p.requires_grad:
+            if projection.turns and p.requires_grad and only in (None, index):
                 entry = self.state[p]
                 projection.turn(entry, place, group["seed"], int(entry.get("step", 0)) + 1, self.rule_for(group))
 
@@ -151,12 +155,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _plan: Plan | None = None
     _traced: compiled.Traced | None = None  # what a compiled step reads of this optimizer
+    _parts: Parts | None = None  # plans of some of the parameters: gradient release, step_parameter
+    _release: ReleasedGradients | None = None
     _lost_updates: LostUpdates | None = None
     _low_rank: LowRankGradients | None = None  # gradients that projected_linear keeps in place of .grad
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return self.amp_fused or self._low_rank is not None
+        return self.amp_fused or self._low_rank is not None or self._release is not None
 
     def __getstate__(self) -> dict:
         """All public attributes (torch keeps only defaults, state and param_groups); schedulers' patched `step` stays behind."""
@@ -164,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._plan = self._parts = None
         if self._traced is None:
             self._traced = compiled.Traced(self)
         self._traced.groups = self.param_groups
@@ -204,13 +210,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Stepping
 
-    def flags(self) -> tuple:
-        """Everything about the options that is code: a change means a new plan."""
+    def flags(self, groups: list[dict] | None = None) -> tuple:
+        """Everything about the options (of some groups) that is code: a change means a new plan."""
         asked = select.requested(self.backend_for_step())
         clip = self.clip_grad_norm
-        clip = "tensor" if isinstance(clip, torch.Tensor) else clip
+        clip = id(clip) if isinstance(clip, torch.Tensor) else clip
         out: list = [asked, clip, None if self._low_rank is None else self._low_rank.signature()]
-        for g in self.param_groups:
+        for g in self.param_groups if groups is None else groups:
             formats = g["state_format"]
             out.append((
                 self.rule_for(g).name, g["capturable"], g["param_precision"], g["min_quantized_numel"],
@@ -284,7 +290,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and self._low_rank is None and not self.defaults["differentiable"]:
+        if self._release is not None:
+            self._opt_called = True
+            self._release.finish()
+        elif torch.compiler.is_compiling() and self._low_rank is None and not self.defaults["differentiable"]:
             compiled.traced_step(self._traced)
         else:
             self._step_eagerly()
@@ -316,12 +325,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._current_plan(params, grads)
             if initialising:
                 return
-            lost = self._lost_updates
-            if lost is None:
-                lost = self._lost_updates = LostUpdates(type(self).__name__)
-            lost.before(plan.slots, self.param_groups)
-            plan.run([g for g in grads if g is not None], scale, found)
-            lost.after(found)
+            self._run(plan, [g for g in grads if g is not None], scale, found)
         if self._low_rank is not None:
             self._low_rank.clear()
 
@@ -337,6 +341,44 @@ class FusedOptimizer(torch.optim.Optimizer):
         home = live[0][1].device if live else "cpu"
         found = sum((g.count_nonzero().to(home) for _, g in live), torch.zeros((), dtype=torch.int64, device=home))
         return len(live) > 0 and not distributed.anywhere(found, [p for p, _ in live])
+
+    def _run(self, plan: Plan, grads: list[torch.Tensor], scale=None, found=None, part: bool = False) -> None:
+        """Steps a plan, with everything that looks at steps. part: others of the same step follow."""
+        if self._lost_updates is None:
+            self._lost_updates = LostUpdates(type(self).__name__)
+        lost = self._lost_updates
+        lost.before(plan.slots, self.param_groups)
+        plan.run(grads, scale, found)
+        lost.after(found, part)
+
+    def _end_of_parts(self) -> None:
+        """Called when all parts of a step have been run."""
+        self._lost_updates.finish()
+
+    def step_parameter(self, p: torch.Tensor, group: dict | None = None, i: int | None = None) -> None:
+        """Steps one parameter from its .grad, as step() does when its turn comes, and leaves .grad to the caller: for trainers
+        that step in the backward pass from hooks of their own (OneTrainer's fused back pass). A step() after it steps only
+        parameters that have a gradient.
+
+        Args:
+            p: a parameter of this optimizer. Nothing happens where it has no gradient or requires none.
+            group, i: its group and its index there. Only hints: the numbers come from the group that p is in.
+
+        Raises:
+            ValueError: p is not this optimizer's. RuntimeError: clip_grad_norm, which needs all gradients; AMP's fused
+            protocol; release_gradients; or p or its gradient cannot be stepped. Nothing has been changed then.
+        """
+        if self._parts is None:
+            self._parts = Parts(self)
+        self._parts.step_parameter(p, i)
+
+    def step_param(self, p: torch.Tensor, group: dict | None = None) -> None:
+        """step_parameter under the name that kohya's sd-scripts calls."""
+        self.step_parameter(p, group)
+
+    def supports_fused_back_pass(self) -> bool:
+        """Whether step_parameter can be used."""
+        return self.clip_grad_norm is None and not self.amp_fused and self._release is None and self._low_rank is None
 
     def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor | None]:
         grads = [p.grad for p in params] if self._low_rank is None else self._low_rank.gradients(params)
@@ -357,7 +399,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         For CUDA graphs: a captured step refreshes nothing, and replays do not count for the schedule. Run an ordinary step
         after this from time to time.
         """
-        for slot in () if self._plan is None else self._plan.slots:
+        plans = [] if self._parts is None else self._parts.plans()
+        for slot in (s for plan in [self._plan, *plans] if plan is not None for s in plan.slots):
             if slot.site is not None:
                 slot.site.owed = True
 
@@ -370,6 +413,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> torch.Tensor | None:
         """Global gradient norm of the last step before clipping, fp32 [1] on the device; None without clip_grad_norm."""
+        if self._release is not None:
+            return self._release.norm
         if self._plan is None or self.clip_grad_norm is None:
             return None
         norm = self._plan.grad_norm()

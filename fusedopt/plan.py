@@ -6,6 +6,7 @@ there is one scalar table, one set of reduction buffers and one clip coefficient
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from operator import is_
 
@@ -48,14 +49,19 @@ def _buckets(slots: list[Slot], apart: bool) -> list[Bucket]:
 class DevicePlan:
     """Everything of one device: buckets, scalar rows, step counters, reduction buffers."""
 
-    def __init__(self, device: torch.device, slots: list[Slot], opt, tensor_count: int):
+    def __init__(
+        self, device: torch.device, slots: list[Slot], opt, tensor_count: int, max_norm: float | None, scratch
+    ):
+        """max_norm: None without clipping; 0 where norms are summed and the coefficient comes from elsewhere. scratch: see
+        ProjectedSteps."""
         self.device, self.slots = device, slots
         self.kept: list[torch.Tensor] = []  # host buffers that a captured graph reads again
         self._bind_steps(opt)
-        clipping = opt.clip_grad_norm is not None
+        clipping = max_norm is not None
         launched = [s for s in slots if s.param.numel() and (s.site is None or s.site.launched)]
         self.buckets = _buckets(launched, apart=clipping)
-        self.projected = ProjectedSteps([s for s in slots if s.site is not None], self.scalars, opt.param_groups)
+        projected = [s for s in slots if s.site is not None]
+        self.projected = ProjectedSteps(projected, self.scalars, opt.param_groups, scratch)
         self.wholes: list[Bucket] = []  # of projected slots: the global norm is that of their full gradients
         if clipping:
             self.wholes = _buckets([slot.whole() for slot in self.projected.slots], apart=False)
@@ -70,8 +76,8 @@ class DevicePlan:
             elif bucket in self.wholes:
                 phases = (Phase.NORM,)
             bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in phases}
-        live = isinstance(opt.clip_grad_norm, torch.Tensor)  # then the coefficient is not the kernel's to compute
-        self._bind_reductions(clipping, 0.0 if live else opt.clip_grad_norm or 0.0, tensor_count)
+        live = isinstance(max_norm, torch.Tensor)  # then the coefficient is not the kernel's to compute
+        self._bind_reductions(clipping, 0.0 if live else max_norm or 0.0, tensor_count)
 
     def _bind_steps(self, opt) -> None:
         """Moves the step counters of the slots into one tensor (host, and device where capturable), and assigns scalar rows."""
@@ -201,18 +207,22 @@ class DevicePlan:
 class Plan:
     """The launches of one optimizer for the parameters that have gradients now."""
 
+    scratch: dict | None = None  # buffers that the projected steps of several plans share
+
     def __init__(self, opt, params: list[torch.Tensor], grads: list[torch.Tensor | None]):
         self.opt = opt
         self.params = params
         self.missing = [g is None for g in grads]
         live = [g for g in grads if g is not None]
-        self.signature = opt.flags()
-        slots = self._slots(opt, params, grads)
+        self.signature = self._flags()
+        self.max_norm = self._max_norm()
+        slots = self._slots(opt, grads)
         self.slots = slots
         devices: dict[torch.device, list[Slot]] = {}
         for slot in slots:
             devices.setdefault(slot.param.device, []).append(slot)
-        self.devices = [DevicePlan(d, mine, opt, len(params)) for d, mine in devices.items()]
+        count = max((s.tensor_id for s in slots), default=-1) + 1
+        self.devices = [DevicePlan(d, mine, opt, count, self.max_norm, self.scratch) for d, mine in devices.items()]
         self.live_params = [s.owner for s in slots]
         self.param_pointers = [storage(local(p)).data_ptr() for p in self.live_params]
         self.shapes = [p.shape for p in self.live_params]
@@ -225,31 +235,46 @@ class Plan:
         self.all_aligned = all(s.key.aligned for s in slots if s.key)
         self.remember_states()
 
+    # What a plan of a part of the parameters says in its own way (fusedopt.parts)
+
+    def _flags(self) -> tuple:
+        return self.opt.flags()
+
+    def _max_norm(self) -> float | None:
+        return self.opt.clip_grad_norm
+
+    def _entries(self) -> list[dict]:
+        return list(self.opt.state.values())
+
+    def _places(self) -> dict:
+        return places(self.opt)
+
+    def _owners(self) -> Iterable[tuple[int, int, torch.Tensor]]:
+        """(tensor id, group, parameter), in the order of the gradients."""
+        owners = ((i, p) for i, group in enumerate(self.opt.param_groups) for p in group["params"])
+        return ((tensor_id, i, p) for tensor_id, (i, p) in enumerate(owners))
+
     def remember_states(self) -> None:
-        state = self.opt.state
-        self.entries = list(state.values())
+        self.entries = self._entries()
         self.state_values = [v for e in self.entries for v in e.values()]
         self.state_tensors = [local(v) for v in self.state_values if isinstance(v, torch.Tensor) and v.dim()]
         self.state_pointers = [v.data_ptr() for v in self.state_tensors]
 
-    def _slots(self, opt, params, grads) -> list[Slot]:
-        found, index, position = [], 0, 0
-        for group_index, group in enumerate(opt.param_groups):
-            for p in group["params"]:
-                g, tensor_id = grads[index], index
-                index += 1
-                if g is None:
-                    continue
-                low_rank = opt._low_rank is not None and opt._low_rank.of(p) is not None
-                check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
-                check_precision(type(opt).__name__, tensor_id, p, group)
-                if owner := partition_of(p):
-                    check_partition(opt, describe(type(opt).__name__, tensor_id, p), owner, group)
-                if is_dtensor(p):
-                    formats = st.configured_formats(p, group, opt.rule_for(group))
-                    check_sharded(describe(type(opt).__name__, tensor_id, p), p, opt.projection_for(p, group), formats)
-                found.append((tensor_id, position, group_index, p, g))
-                position += 1
+    def _slots(self, opt, grads) -> list[Slot]:
+        found = []
+        for (tensor_id, group_index, p), g in zip(self._owners(), grads, strict=True):
+            if g is None:
+                continue
+            group = opt.param_groups[group_index]
+            low_rank = opt._low_rank is not None and opt._low_rank.of(p) is not None
+            check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
+            check_precision(type(opt).__name__, tensor_id, p, group)
+            if owner := partition_of(p):
+                check_partition(opt, describe(type(opt).__name__, tensor_id, p), owner, group)
+            if is_dtensor(p):
+                formats = st.configured_formats(p, group, opt.rule_for(group))
+                check_sharded(describe(type(opt).__name__, tensor_id, p), p, opt.projection_for(p, group), formats)
+            found.append((tensor_id, len(found), group_index, p, g))
         slots = [self._slot(opt, *args) for args in found]  # nothing is allocated before every tensor has passed
         self._make_sites(opt, slots)
         asked = select.requested(opt.backend_for_step())
@@ -257,10 +282,9 @@ class Plan:
             self._assign(opt, slot, g, asked)
         return slots
 
-    @staticmethod
-    def _make_sites(opt, slots: list[Slot]) -> None:
+    def _make_sites(self, opt, slots: list[Slot]) -> None:
         """Sites of the projected slots. Their places count every projected parameter, with a gradient or without."""
-        found = places(opt)
+        found = self._places()
         for slot in slots:
             if slot.tensor_id in found:
                 projection, place = found[slot.tensor_id]
@@ -317,7 +341,7 @@ class Plan:
         """Whether everything this plan was built from is unchanged; also takes note of the gradients' addresses."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
-        if [g is None for g in grads] != self.missing or self.opt.flags() != self.signature:
+        if [g is None for g in grads] != self.missing or self._flags() != self.signature:
             return False
         live = [g for g in grads if g is not None] if True in self.missing else grads
         try:
@@ -331,7 +355,7 @@ class Plan:
             p.shape for p in mine
         ] != self.shapes:
             return False
-        entries = self.opt.state.values()
+        entries = self._entries()
         if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
             return False
         values = [v for e in self.entries for v in e.values()]
@@ -367,7 +391,7 @@ class Plan:
         for device in self.devices:
             device.norms()
         spread = len(self.devices) > 1 or any(d.shards is not None for d in self.devices)
-        if spread and opt.clip_grad_norm is not None or isinstance(opt.clip_grad_norm, torch.Tensor):
+        if isinstance(self.max_norm, torch.Tensor) or spread and self.max_norm:
             self._combine_norms(grad_scale)
         for device in self.devices:
             device.step(grads)
@@ -387,7 +411,7 @@ class Plan:
         norm = total.sqrt()
         if grad_scale is not None:
             norm = norm / grad_scale.to(home).double().view(1)
-        limit = self.opt.clip_grad_norm
+        limit = self.max_norm
         limit = limit.to(home).double().view(1) if isinstance(limit, torch.Tensor) else limit
         clip = (limit / (norm + 1e-6)).clamp(max=1.0)
         for device in self.devices:

@@ -162,6 +162,8 @@ def projected_linear(
             "projected_linear: clip_grad_norm needs the norm of full gradients, which are never formed. Create the optimizer "
             "without clip_grad_norm."
         )
+    if opt._release is not None:
+        raise ValueError("projected_linear: release_gradients steps this optimizer. Call its handle's remove() first.")
     if opt._low_rank is not None:
         raise ValueError(
             f"projected_linear: this {type(opt).__name__} already has one; call its handle's remove() first"

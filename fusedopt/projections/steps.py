@@ -10,20 +10,22 @@ from fusedopt.backends.base import MatrixWork
 class ProjectedSteps:
     """The projected slots of one device, in parameter order."""
 
-    def __init__(self, slots: list, scalars, groups: list[dict]):
+    def __init__(self, slots: list, scalars, groups: list[dict], buffers: dict | None = None):
+        """buffers: scratch that several of these share, one after the other; None for its own."""
         self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
-        self.buffers: dict[tuple, torch.Tensor] = {}
+        self.buffers: dict[tuple, torch.Tensor] = {} if buffers is None else buffers
         for slot in slots:
             slot.site.bind(slot, self)
 
     def scratch(self, index: int, numel: int, dtype: torch.dtype, full: bool = False) -> torch.Tensor:
         """The first elements of scratch buffer `index`, which all slots of the device use in turn: as long as the largest
         `room` of their sites, or `full_room`. Launches may keep its address: it stays as long as the plan."""
-        key = (index, dtype, full)
+        room = max(slot.site.full_room if full else slot.site.room for slot in self.slots)
+        device = self.slots[0].param.device
+        key = (index, dtype, full, room, device)
         if key not in self.buffers:
-            rooms = [slot.site.full_room if full else slot.site.room for slot in self.slots]
-            self.buffers[key] = torch.empty(max(rooms), dtype=dtype, device=self.slots[0].param.device)
+            self.buffers[key] = torch.empty(room, dtype=dtype, device=device)
         return self.buffers[key][:numel]
 
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:

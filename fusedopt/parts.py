@@ -1,0 +1,161 @@
+"""Steps of some of an optimizer's parameters at a time, bit for bit those of a whole step: gradient release, step_parameter.
+
+A part has a plan of its own, which is kept, so that a part that comes again costs a look and its launches. Rows, tensor ids,
+step counts and places among the projected parameters are those of the whole optimizer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedopt.checks import describe
+from fusedopt.plan import Plan
+from fusedopt.projections.base import places
+
+MORE_PLANS = 64  # plans kept beyond two for each parameter
+
+
+class ParameterIndex:
+    """Where the parameters of an optimizer are: (group, index in the group, parameter) by tensor id, and back."""
+
+    def __init__(self, groups: list[dict]):
+        self.owners = [(i, k, p) for i, group in enumerate(groups) for k, p in enumerate(group["params"])]
+        self.sizes = [len(group["params"]) for group in groups]
+        self.ids = {p: tensor_id for tensor_id, (_, _, p) in enumerate(self.owners)}
+        self._places: dict | None = None
+
+    def holds(self, groups: list[dict], p: torch.Tensor) -> int | None:
+        """The tensor id of a parameter, or None where groups have changed since (a tool has replaced parameters) or lack it."""
+        tensor_id = self.ids.get(p)
+        if tensor_id is None or [len(group["params"]) for group in groups] != self.sizes:
+            return None
+        group, k, _ = self.owners[tensor_id]
+        return tensor_id if groups[group]["params"][k] is p else None
+
+    def places(self, opt) -> dict:
+        """Those of every projected parameter; they do not change between the plans of one step."""
+        if self._places is None:
+            self._places = places(opt)
+        return self._places
+
+
+class PartPlan(Plan):
+    """The launches of some parameters, given by tensor ids. clip: a coefficient, fp32 [1], for each device; None: no clipping."""
+
+    def __init__(
+        self, opt, index: ParameterIndex, ids: tuple[int, ...], grads: list[torch.Tensor], scratch: dict, clip
+    ):
+        self.index, self.ids, self.scratch, self.clip = index, ids, scratch, clip
+        self.group_numbers = sorted({index.owners[i][0] for i in ids})
+        super().__init__(opt, [index.owners[i][2] for i in ids], grads)
+        if clip is not None:
+            for device in self.devices:
+                device.clip = clip(device.device)
+                for bucket in (*device.buckets, *device.wholes):
+                    for work in bucket.works.values():
+                        work.clip = device.clip
+
+    def _flags(self) -> tuple:
+        groups = self.opt.param_groups
+        return self.opt.flags([groups[i] for i in self.group_numbers])
+
+    def _max_norm(self) -> float | None:
+        return None if self.clip is None else 0.0
+
+    def _entries(self) -> list[dict]:
+        state = self.opt.state
+        return [state[p] for p in self.params]
+
+    def _places(self) -> dict:
+        return self.index.places(self.opt)
+
+    def _owners(self):
+        return ((i, self.index.owners[i][0], self.index.owners[i][2]) for i in self.ids)
+
+    def square_sums(self) -> list[torch.Tensor]:
+        """The sum of squared gradients of each device at the last run, where there is clipping; 0-dim."""
+        return [device.totals.sum() for device in self.devices]
+
+
+class Parts:
+    """The plans of parts of one optimizer's parameters."""
+
+    def __init__(self, opt):
+        self.opt = opt
+        self.index = ParameterIndex(opt.param_groups)
+        self._plans: dict[tuple[int, ...], PartPlan] = {}
+        self._scratch: dict = {}
+        self._round: set[int] = set()  # what step_parameter has stepped in this step
+
+    def plans(self) -> list[PartPlan]:
+        return list(self._plans.values())
+
+    def forget_places(self) -> None:
+        """Called between steps: options of projections may change there."""
+        self.index._places = None
+
+    def id_of(self, p: torch.Tensor) -> int:
+        """The tensor id of a parameter. Raises ValueError where it is not the optimizer's."""
+        groups = self.opt.param_groups
+        found = self.index.holds(groups, p)
+        if found is None:
+            self.index, self._plans = ParameterIndex(groups), {}
+            found = self.index.holds(groups, p)
+        if found is None:
+            raise ValueError(
+                f"{type(self.opt).__name__}: a tensor of shape {tuple(p.shape)} is none of its parameters. Pass one of "
+                "param_groups."
+            )
+        return found
+
+    def plan(self, ids: tuple[int, ...], grads: list[torch.Tensor], clip=None) -> PartPlan:
+        """The plan of parameters that have these gradients."""
+        plan = self._plans.get(ids)
+        if plan is not None and plan.clip is clip and plan.still_valid(plan.params, grads):
+            return plan
+        if plan is None and len(self._plans) >= 2 * len(self.index.owners) + MORE_PLANS:
+            del self._plans[next(iter(self._plans))]
+        plan = self._plans[ids] = PartPlan(self.opt, self.index, ids, grads, self._scratch, clip)
+        return plan
+
+    def step_parameter(self, p: torch.Tensor, i: int | None) -> None:
+        opt = self.opt
+        g = p.grad
+        if g is None or not p.requires_grad:
+            return
+        tensor_id = self.id_of(p)
+        if not opt.supports_fused_back_pass():
+            self._refuse(tensor_id, p)
+        if i is not None and self.index.owners[tensor_id][1] != i:
+            raise ValueError(
+                f"{describe(type(opt).__name__, tensor_id, p)} has index {self.index.owners[tensor_id][1]} in its group, not "
+                f"{i}. Pass its index, or None."
+            )
+        with torch.no_grad():
+            if tensor_id in self._round:  # a second time: a step is over
+                self._round.clear()
+                opt._end_of_parts()
+            self._round.add(tensor_id)
+            opt._take_turns(tensor_id)
+            opt._run(self.plan((tensor_id,), [g]), [g], part=True)
+
+    def _refuse(self, tensor_id: int, p: torch.Tensor) -> None:
+        opt, what = self.opt, describe(type(self.opt).__name__, tensor_id, p)
+        if opt._release is not None:
+            raise RuntimeError(
+                f"{what} is stepped by release_gradients already. Call its handle's remove(), or drop the hook that calls "
+                "step_parameter."
+            )
+        if opt._low_rank is not None:
+            raise RuntimeError(
+                f"{what}: projected_linear steps at step() only. Call its handle's remove() before step_parameter."
+            )
+        if opt.amp_fused:
+            raise RuntimeError(
+                f"{what}: with amp_fused=True overflow is known only after the backward pass. Use bf16 autocast, which needs no "
+                "GradScaler, or a scaler that unscales each gradient before step_parameter, with amp_fused=False."
+            )
+        raise RuntimeError(
+            f"{what}: clip_grad_norm={opt.clip_grad_norm} needs the norm of all gradients, of which step_parameter sees one. "
+            "Clip each gradient before the call, or use fusedopt.release_gradients(model, opt, clip='previous')."
+        )
