@@ -96,7 +96,7 @@ class DevicePlan:
             known: dict[tuple, int] = {}
             for i, (slot, count) in enumerate(zip(mine, counts, strict=True)):
                 slot.entry["step"] = counter[i]
-                place = (slot.group, count, None if slot.site is None else slot.site.counting)
+                place = (slot.group, slot.rule.name, count, None if slot.site is None else slot.site.counting)
                 if place not in known:
                     known[place] = len(rows)
                     view = counter[i] if on_device else None
