@@ -40,7 +40,7 @@ class ParameterIndex:
 
 
 class PartPlan(Plan):
-    """The launches of some parameters, given by tensor ids. clip: a coefficient, fp32 [1], for each device; None: no clipping."""
+    """The launches of some parameters, given by tensor ids. clip: a coefficient, fp32 [1], by device; None: no clipping."""
 
     def __init__(
         self, opt, index: ParameterIndex, ids: tuple[int, ...], grads: list[torch.Tensor], scratch: dict, clip
@@ -50,7 +50,7 @@ class PartPlan(Plan):
         super().__init__(opt, [index.owners[i][2] for i in ids], grads)
         if clip is not None:
             for device in self.devices:
-                device.clip = clip(device.device)
+                device.clip = clip[device.device]
                 for bucket in (*device.buckets, *device.wholes):
                     for work in bucket.works.values():
                         work.clip = device.clip

@@ -54,8 +54,8 @@ class ReleasedGradients:
 
     def _new_step(self) -> None:
         self._arrived: dict[int, int] = {}  # gradients of each tensor since the last opt.step()
-        self._pending: list[int] = []  # tensors to be stepped
-        self._partial: list[int] = []  # tensors whose gradients are to be added to their states
+        self._pending: dict[int, None] = {}  # tensors to be stepped
+        self._partial: dict[int, None] = {}  # tensors whose gradients are to be added to their states
         self._bytes = 0  # of both
         self._groups = 0  # of tensors, stepped so far
         self._running = 0  # backward passes
@@ -106,6 +106,8 @@ class ReleasedGradients:
         """Autograd has accumulated the gradient of a parameter."""
         with self._lock:
             tensor_id = self._parts.id_of(p)
+            if tensor_id in self._pending or tensor_id in self._partial:
+                return  # of a backward pass that has failed: .grad is what it left and what this one adds
             count = self._arrived.get(tensor_id, 0)
             if count >= self._micro_batches:
                 self._forget_pending()
@@ -120,7 +122,7 @@ class ReleasedGradients:
             last = count + 1 == self._micro_batches
             if not last and not self._in_states:
                 return  # autograd adds the next one to it
-            (self._pending if last else self._partial).append(tensor_id)
+            (self._pending if last else self._partial)[tensor_id] = None
             self._bytes += p.grad.numel() * p.grad.element_size()
             if p.is_cuda:
                 self._streams.setdefault(p.device, set()).add(torch.cuda.current_stream(p.device))
@@ -166,14 +168,26 @@ class ReleasedGradients:
                     here.wait_stream(stream)
             self._used = {}
 
-    def _coming(self, tensor_id: int, p: torch.Tensor) -> int:
-        """Bytes of the gradient that comes next; 0 of one that autograd makes together with this one (weight and bias)."""
-        after = self._after.get(tensor_id)
-        if after is None:
-            return 0
-        q = self._parts.index.owners[after][2]
+    def _together(self, p: torch.Tensor, q: torch.Tensor) -> bool:
+        """Whether autograd makes two gradients at once: those of a module's weight and bias."""
         owner = self._owner.get(p)
-        return 0 if owner is not None and self._owner.get(q) is owner else q.numel() * q.element_size()
+        return owner is not None and self._owner.get(q) is owner and (p.dim() < 2 or q.dim() < 2)
+
+    def _coming(self, tensor_id: int, p: torch.Tensor) -> int:
+        """Bytes of the gradients that come next at once; 0 where they are there already."""
+        owners, total, before = self._parts.index.owners, 0, p
+        for _ in range(len(owners)):
+            tensor_id = self._after.get(tensor_id)
+            if tensor_id is None:
+                break
+            q = owners[tensor_id][2]
+            together = self._together(before, q)
+            if together and before is p:
+                return 0
+            if not together and before is not p or total > self.limit:
+                break
+            total, before = total + q.numel() * q.element_size(), q
+        return total
 
     # and are used
 
@@ -202,7 +216,7 @@ class ReleasedGradients:
                 raise
             for p in params:
                 p.grad = None
-        self._pending, self._partial, self._bytes = [], [], 0
+        self._pending, self._partial, self._bytes = {}, {}, 0
 
     def _step(self, ids: tuple[int, ...], grads: list[torch.Tensor]) -> None:
         plan = self._parts.plan(ids, grads, self._clips)
@@ -220,7 +234,7 @@ class ReleasedGradients:
         """Leaves gradients that have not been used where they are."""
         for tensor_id in (*self._pending, *self._partial):
             self._arrived[tensor_id] -= 1
-        self._pending, self._partial, self._bytes, self._task, self._order = [], [], 0, None, []
+        self._pending, self._partial, self._bytes, self._task, self._order = {}, {}, 0, None, []
 
     def _again(self, tensor_id: int, p: torch.Tensor) -> str:
         name = self._names.get(p)
@@ -274,12 +288,12 @@ class ReleasedGradients:
                 rest.append(tensor_id)
         if rest or unfinished:
             self._prepare()
-        self._pending = rest
+        self._pending = dict.fromkeys(rest)
         self._flush()
         for tensor_id in unfinished:  # everything is in the states: a step with a gradient of zero takes it from there
             p = owners[tensor_id][2]
             p.grad = torch.zeros_like(p)
-            self._pending.append(tensor_id)
+            self._pending[tensor_id] = None
             self._bytes += p.numel() * p.element_size()
             if self._bytes >= self.limit:
                 self._flush()
@@ -359,7 +373,7 @@ def release_gradients(
         micro_batches: backward passes for each opt.step(), over which gradients are added up; divide the loss by it.
             Where opt.step() comes after fewer, what has come is used.
         accumulate_in: where they are added up. "states": in the optimizer's states, gradients are freed at once, for
-            SGD with momentum m (without dampening and Nesterov), m <- momentum m + sum of g_i, which is that of the whole batch up to
+            SGD with momentum (without dampening and Nesterov), m <- momentum m + sum of g_i, that of the whole batch up to
             rounding, and for AdamW and Adam without L2 decay as AdamA (arXiv 2305.19982), m <- beta1 m + (1 - beta1) sum of g_i and
             v <- beta2 v + (1 - beta2) sum of g_i^2, not (sum of g_i)^2: another second moment than that of the whole batch. fp32
             states only. "gradients": in .grad, exact for every rule; gradients are freed in the last pass only.
