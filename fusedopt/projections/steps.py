@@ -10,22 +10,25 @@ from fusedopt.backends.base import MatrixWork
 class ProjectedSteps:
     """The projected slots of one device, in parameter order."""
 
-    def __init__(self, slots: list, scalars, groups: list[dict], buffers: dict | None = None):
-        """buffers: scratch that several of these share, one after the other; None for its own."""
+    def __init__(self, slots: list, scalars, groups: list[dict], pool: dict | None = None):
+        """pool: scratch buffers that several of these share, one after the other; None for its own."""
         self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
-        self.buffers: dict[tuple, torch.Tensor] = {} if buffers is None else buffers
+        self.buffers: dict[tuple, torch.Tensor] = {}
+        self.pool = {} if pool is None else pool
         for slot in slots:
             slot.site.bind(slot, self)
 
     def scratch(self, index: int, numel: int, dtype: torch.dtype, full: bool = False) -> torch.Tensor:
         """The first elements of scratch buffer `index`, which all slots of the device use in turn: as long as the largest
         `room` of their sites, or `full_room`. Launches may keep its address: it stays as long as the plan."""
-        room = max(slot.site.full_room if full else slot.site.room for slot in self.slots)
-        device = self.slots[0].param.device
-        key = (index, dtype, full, room, device)
+        key = (index, dtype, full)
         if key not in self.buffers:
-            self.buffers[key] = torch.empty(room, dtype=dtype, device=device)
+            room = max(slot.site.full_room if full else slot.site.room for slot in self.slots)
+            device = self.slots[0].param.device
+            if (key, room, device) not in self.pool:
+                self.pool[key, room, device] = torch.empty(room, dtype=dtype, device=device)
+            self.buffers[key] = self.pool[key, room, device]
         return self.buffers[key][:numel]
 
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:
