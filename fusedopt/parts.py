@@ -11,6 +11,7 @@ import torch
 from fusedopt.checks import describe
 from fusedopt.plan import Plan
 from fusedopt.projections.base import places
+from fusedopt.projections.steps import ScratchPool
 
 MORE_PLANS = 64  # plans kept beyond two for each parameter
 
@@ -23,6 +24,7 @@ class ParameterIndex:
         self.sizes = [len(group["params"]) for group in groups]
         self.ids = {p: tensor_id for tensor_id, (_, _, p) in enumerate(self.owners)}
         self._places: dict | None = None
+        self._largest: dict | None = None
 
     def holds(self, groups: list[dict], p: torch.Tensor) -> int | None:
         """The tensor id of a parameter, or None where groups have changed since (a tool has replaced parameters) or lack it."""
@@ -39,13 +41,28 @@ class ParameterIndex:
         return self._places
 
 
+    def largest(self, opt) -> dict[torch.device, int]:
+        """By device: elements of the largest projected parameter that is trained."""
+        if self._largest is None:
+            self._largest = {}
+            for tensor_id in self.places(opt):
+                p = self.owners[tensor_id][2]
+                if p.requires_grad:
+                    self._largest[p.device] = max(p.numel(), self._largest.get(p.device, 0))
+        return self._largest
+
+    def forget_places(self) -> None:
+        """Called between steps: options of projections may change there."""
+        self._places = self._largest = None
+
+
 class PartPlan(Plan):
     """The launches of some parameters, given by tensor ids. clip: a coefficient, fp32 [1], by device; None: no clipping."""
 
     def __init__(
-        self, opt, index: ParameterIndex, ids: tuple[int, ...], grads: list[torch.Tensor], scratch: dict, clip
+        self, opt, index: ParameterIndex, ids: tuple[int, ...], grads: list[torch.Tensor], pool: ScratchPool, clip
     ):
-        self.index, self.ids, self.scratch, self.clip = index, ids, scratch, clip
+        self.index, self.ids, self.pool, self.clip = index, ids, pool, clip
         self.group_numbers = sorted({index.owners[i][0] for i in ids})
         super().__init__(opt, [index.owners[i][2] for i in ids], grads)
         if clip is not None:
@@ -84,15 +101,11 @@ class Parts:
         self.opt = opt
         self.index = ParameterIndex(opt.param_groups)
         self._plans: dict[tuple[int, ...], PartPlan] = {}
-        self._scratch: dict = {}
+        self._pool = ScratchPool()
         self._round: set[int] = set()  # what step_parameter has stepped in this step
 
     def plans(self) -> list[PartPlan]:
         return list(self._plans.values())
-
-    def forget_places(self) -> None:
-        """Called between steps: options of projections may change there."""
-        self.index._places = None
 
     def id_of(self, p: torch.Tensor) -> int:
         """The tensor id of a parameter. Raises ValueError where it is not the optimizer's."""
@@ -115,7 +128,8 @@ class Parts:
             return plan
         if plan is None and len(self._plans) >= 2 * len(self.index.owners) + MORE_PLANS:
             del self._plans[next(iter(self._plans))]
-        plan = self._plans[ids] = PartPlan(self.opt, self.index, ids, grads, self._scratch, clip)
+        self._pool.largest = self.index.largest(self.opt)
+        plan = self._plans[ids] = PartPlan(self.opt, self.index, ids, grads, self._pool, clip)
         return plan
 
     def step_parameter(self, p: torch.Tensor, i: int | None) -> None:

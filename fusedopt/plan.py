@@ -33,7 +33,7 @@ from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import places, states_like
-from fusedopt.projections.steps import ProjectedSteps
+from fusedopt.projections.steps import ProjectedSteps, ScratchPool
 from fusedopt.rule import get_rule
 from fusedopt.weights import storage
 
@@ -50,10 +50,9 @@ class DevicePlan:
     """Everything of one device: buckets, scalar rows, step counters, reduction buffers."""
 
     def __init__(
-        self, device: torch.device, slots: list[Slot], opt, tensor_count: int, max_norm: float | None, scratch
+        self, device: torch.device, slots: list[Slot], opt, tensor_count: int, max_norm: float | None, pool
     ):
-        """max_norm: None without clipping; 0 where norms are summed and the coefficient comes from elsewhere. scratch: see
-        ProjectedSteps."""
+        """max_norm: None without clipping; 0 where norms are summed and the coefficient comes from elsewhere."""
         self.device, self.slots = device, slots
         self.kept: list[torch.Tensor] = []  # host buffers that a captured graph reads again
         self._bind_steps(opt)
@@ -61,7 +60,7 @@ class DevicePlan:
         launched = [s for s in slots if s.param.numel() and (s.site is None or s.site.launched)]
         self.buckets = _buckets(launched, apart=clipping)
         projected = [s for s in slots if s.site is not None]
-        self.projected = ProjectedSteps(projected, self.scalars, opt.param_groups, scratch)
+        self.projected = ProjectedSteps(projected, self.scalars, opt.param_groups, pool)
         self.wholes: list[Bucket] = []  # of projected slots: the global norm is that of their full gradients
         if clipping:
             self.wholes = _buckets([slot.whole() for slot in self.projected.slots], apart=False)
@@ -207,7 +206,7 @@ class DevicePlan:
 class Plan:
     """The launches of one optimizer for the parameters that have gradients now."""
 
-    scratch: dict | None = None  # buffers that the projected steps of several plans share
+    pool: ScratchPool | None = None  # what the projected steps of several plans share
 
     def __init__(self, opt, params: list[torch.Tensor], grads: list[torch.Tensor | None]):
         self.opt = opt
@@ -222,7 +221,7 @@ class Plan:
         for slot in slots:
             devices.setdefault(slot.param.device, []).append(slot)
         count = max((s.tensor_id for s in slots), default=-1) + 1
-        self.devices = [DevicePlan(d, mine, opt, count, self.max_norm, self.scratch) for d, mine in devices.items()]
+        self.devices = [DevicePlan(d, mine, opt, count, self.max_norm, self.pool) for d, mine in devices.items()]
         self.live_params = [s.owner for s in slots]
         self.param_pointers = [storage(local(p)).data_ptr() for p in self.live_params]
         self.shapes = [p.shape for p in self.live_params]

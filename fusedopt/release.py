@@ -150,7 +150,7 @@ class ReleasedGradients:
             return
         self._begun = True
         self._opt._take_turns()
-        self._parts.forget_places()
+        self._parts.index.forget_places()
         if self._clips is not None:
             self._set_clip()
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from configs import backend_argument, each_backend, each_config
+from configs import assert_same_bits, backend_argument, each_backend, each_config, parameters, set_grads, tensors
 from release_models import Tied, assert_equal, everything, loss_of, tokens, train
 from torch import nn
 
@@ -119,24 +119,19 @@ def test_int8_weights():
     assert_equal(plain, released)
 
 
-def test_a_tensor_in_pieces_beside_a_larger_one():
-    """The pieces in which a matrix is stepped are measured by the largest matrix; the results must not be."""
-
-    def make(seed):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(3000, 40, bias=False), nn.Linear(40, 700, bias=False))
-
-    for name in ("adafactor", "microadam"):
-        one, two = make(0), make(0)
-        plain, released = (fusedopt.create(name, m.parameters(), lr=0.01) for m in (one, two))
-        fusedopt.release_gradients(two, released, collect=0)
-        for step in range(3):
-            x = torch.randn(6, 3000, generator=torch.Generator().manual_seed(step))
-            for model, opt in ((one, plain), (two, released)):
-                model(x).square().mean().backward()
-                opt.step()
-                opt.zero_grad()
-        assert_equal((one, plain), (two, released))
+@pytest.mark.parametrize("projection", [SubspaceMomentum(rank=4, update_every=2), SubsetNorm()], ids=lambda x: x.name)
+def test_a_tensor_in_pieces_beside_a_larger_one(projection):
+    """The largest matrix of a model says how large the pieces of all are, and with them the order of some sums."""
+    one, two = (parameters((200, 30000), (129, 257)) for _ in range(2))
+    plain, parted = (fusedopt.AdamW(ps, lr=0.01, projection=projection) for ps in (one, two))
+    for step in range(3):
+        set_grads(one, step)
+        set_grads(two, step)
+        plain.step()
+        for p in two:
+            parted.step_parameter(p)
+    assert len(plain._plan.slots[1].site.pieces.pieces) == 1
+    assert_same_bits(tensors(parted, two), tensors(plain, one))
 
 
 # Memory and launches

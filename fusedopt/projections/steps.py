@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from fusedopt.backends.base import MatrixWork
 
 
+@dataclass
+class ScratchPool:
+    """What plans of parts of a model share: scratch buffers, used in turn, and by device the elements of the largest tensor
+    that is projected in any of them (`largest`), so that they step in the pieces that a plan of all of them would take."""
+
+    buffers: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    largest: dict[torch.device, int] = field(default_factory=dict)
+
+
 class ProjectedSteps:
     """The projected slots of one device, in parameter order."""
 
-    def __init__(self, slots: list, scalars, groups: list[dict], pool: dict | None = None):
-        """pool: scratch buffers that several of these share, one after the other; None for its own."""
+    def __init__(self, slots: list, scalars, groups: list[dict], pool: ScratchPool | None = None):
         self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
         self.buffers: dict[tuple, torch.Tensor] = {}
-        self.pool = {} if pool is None else pool
+        self.pool = ScratchPool() if pool is None else pool
         for slot in slots:
             slot.site.bind(slot, self)
 
@@ -26,10 +36,15 @@ class ProjectedSteps:
         if key not in self.buffers:
             room = max(slot.site.full_room if full else slot.site.room for slot in self.slots)
             device = self.slots[0].param.device
-            if (key, room, device) not in self.pool:
-                self.pool[key, room, device] = torch.empty(room, dtype=dtype, device=device)
-            self.buffers[key] = self.pool[key, room, device]
+            shared = self.pool.buffers
+            if (key, room, device) not in shared:
+                shared[key, room, device] = torch.empty(room, dtype=dtype, device=device)
+            self.buffers[key] = shared[key, room, device]
         return self.buffers[key][:numel]
+
+    def largest(self) -> int:
+        """Elements of the largest projected tensor."""
+        return max(self.pool.largest.get(slot.param.device, 0) or slot.param.numel() for slot in self.slots)
 
     def begin(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, clip: torch.Tensor | None) -> None:
         """Called before every step: the loss scale, the overflow flag and the clip coefficient, fp32 [1] or None."""
