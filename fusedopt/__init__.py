@@ -5,6 +5,7 @@ from fusedopt.backends.select import use_backend
 from fusedopt.factory import create
 from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
+from fusedopt.numerics import NonFiniteError, check_numerics
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
 from fusedopt.projected_linear import projected_linear
@@ -56,9 +57,11 @@ __all__ = [
     "QGaLore",
     "Lion",
     "MicroAdam",
+    "NonFiniteError",
     "ReleasedGradients",
     "SubsetNorm",
     "SubspaceMomentum",
+    "check_numerics",
     "clip_grad_norm_",
     "create",
     "dequantize_blockwise",

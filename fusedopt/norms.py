@@ -13,8 +13,8 @@ from fusedopt.precision import get_precision
 from fusedopt.rule import get_rule
 
 
-def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """fp32 [1]: the sum of squares over dense tensors of one device and dtype."""
+def _sum_of_squares(tensors: list[torch.Tensor], each: bool = False) -> torch.Tensor:
+    """fp32 [1]: the sum of squares over dense tensors of one device and dtype; each: fp32 [tensors], one for each of them."""
     first = tensors[0]
     device, dtype = first.device, first.dtype
     aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
@@ -26,19 +26,48 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     table = torch.zeros(Column.COUNT, len(tensors), dtype=torch.int64)
     table[Column.GRAD] = table[Column.PARAM] = torch.tensor([t.data_ptr() for t in tensors])
     table[Column.NUMEL] = torch.tensor(numels)
+    table[Column.META] = torch.arange(len(tensors)) << 32
     table[Column.GRAIN] = torch.tensor([0, *grains[:-1]]).cumsum(0)
     size = chunk_size(sum(numels), backend.units(device))
     out = [torch.zeros(n, dtype=torch.float32, device=device) for n in (1, 1)]
     work = Work(
         key._replace(backend=name), get_rule("sgd"), (), get_precision("nearest"),
         [Item(t, t, (), (), i, 0) for i, t in enumerate(tensors)],
-        table.to(device), chunk_table(numels, size).to(device), torch.zeros(1, 32, device=device), [], size, sum(grains),
+        _upload(table, device), _upload(chunk_table(numels, size), device), torch.zeros(1, 32, device=device), [], size, sum(grains),
         phase=Phase.NORM, totals=out[0], norm=out[1],
         partials=torch.zeros(sum(grains), 2, device=device),
         counters=torch.zeros(len(tensors) + 1, dtype=torch.int32, device=device),
+        sums=torch.zeros(len(tensors), 2, device=device) if each else None,
     )  # fmt: skip
     backend.launch(work)
-    return out[0]
+    return work.sums[:, 1] if each else out[0]
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table on a device, without waiting for the device."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def square_sums(tensors: list[torch.Tensor]) -> dict[torch.device, tuple[list[int], torch.Tensor]]:
+    """By device: which of the tensors are there, and the sum of squares of each, fp32 [of them]. One launch per device and
+    dtype; empty tensors are left out. The tensors must be dense or strided, and floating point."""
+    groups: dict = {}
+    for i, t in enumerate(tensors):
+        if t.numel():
+            groups.setdefault((t.device, t.dtype), []).append(i)
+    found: dict[torch.device, tuple[list[int], torch.Tensor]] = {}
+    for (device, dtype), mine in groups.items():
+        chosen = [flat(t if is_dense(t) else t.contiguous()) for t in (tensors[i].detach() for i in mine)]
+        if dtype in DTYPE_CODES:
+            sums = _sum_of_squares(chosen, each=True)
+        else:
+            sums = torch.stack([t.double().square().sum() for t in chosen]).float()
+        before = found.get(device)
+        found[device] = (mine, sums) if before is None else (before[0] + mine, torch.cat([before[1], sums]))
+    return found
 
 
 @torch.no_grad()

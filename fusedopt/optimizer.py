@@ -12,6 +12,7 @@ from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
+from fusedopt.metrics import Metrics, Recorder
 from fusedopt.options import check_clip, check_lr, check_nonnegative
 from fusedopt.parts import Parts
 from fusedopt.plan import Plan
@@ -157,6 +158,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _traced: compiled.Traced | None = None  # what a compiled step reads of this optimizer
     _parts: Parts | None = None  # plans of some of the parameters: gradient release, step_parameter
     _release: ReleasedGradients | None = None
+    _watchers: tuple = ()  # metrics and checks of numerics: see fusedopt.metrics
     _lost_updates: LostUpdates | None = None
     _low_rank: LowRankGradients | None = None  # gradients that projected_linear keeps in place of .grad
 
@@ -347,13 +349,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._lost_updates is None:
             self._lost_updates = LostUpdates(type(self).__name__)
         lost = self._lost_updates
+        for watcher in self._watchers:
+            watcher.before(plan, grads, scale, found)
         lost.before(plan.slots, self.param_groups)
         plan.run(grads, scale, found)
         lost.after(found, part)
+        for watcher in self._watchers:
+            watcher.after(plan, found)
+            if not part:
+                watcher.finish()
 
     def _end_of_parts(self) -> None:
         """Called when all parts of a step have been run."""
         self._lost_updates.finish()
+        for watcher in self._watchers:
+            watcher.finish()
+
+    def record_metrics(self, every: int = 1, sample: int = 1 << 16, model: torch.nn.Module | None = None) -> Recorder:
+        """Records metrics of every `every`-th step from the next one on, for `metrics()`; replaces an earlier recording.
+
+        A recorded step reads the gradients once more and copies a sample of the weights; results are the same bit for bit.
+        Nothing is recorded while a CUDA graph is captured.
+
+        Args:
+            sample: weights of each tensor, evenly spaced, that update ratios, lost updates and codes are taken from; tensors
+                with fewer are taken whole.
+            model: names the parameters where the optimizer was not given named ones; they go by their index otherwise.
+
+        Returns a handle with stop(), usable in a with statement. Raises ValueError: every or sample is not positive.
+        """
+        return Recorder(self, every, sample, model)
+
+    def metrics(self) -> Metrics:
+        """Metrics of the last recorded step, as a mapping from names to floats; they are taken from the device when the first one
+        is asked for. `for k, v in opt.metrics().items(): writer.add_scalar(k, v, step)`. Empty before the first recorded step.
+
+        grad_norm, grad_norm/NAME: before clipping, without the loss scale. update_ratio, update_ratio/NAME: norm of the step's
+        change of the weights by that of the weights. lost_updates, lost_updates/NAME: share of 16-bit weights (nearest
+        rounding) with a gradient that did not change. underflow/STATE, saturated/STATE: share of the elements of a blockwise
+        state that are too small for their block (coded as 0, or raised to the smallest code), and at its largest code (one
+        in a block is normal). skipped_steps: steps since record_metrics that found_inf skipped.
+
+        Raises:
+            RuntimeError: record_metrics has not been called.
+        """
+        recorder = next((w for w in self._watchers if isinstance(w, Recorder)), None)
+        if recorder is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: nothing is recorded. Call opt.record_metrics() before the step."
+            )
+        if self._parts is not None:
+            self._parts.end_round()
+        return recorder.metrics()
 
     def step_parameter(self, p: torch.Tensor, group: dict | None = None, i: int | None = None) -> None:
         """Steps one parameter from its .grad, as step() does when its turn comes, and leaves .grad to the caller: for trainers

@@ -40,7 +40,6 @@ class ParameterIndex:
             self._places = places(opt)
         return self._places
 
-
     def largest(self, opt) -> dict[torch.device, int]:
         """By device: elements of the largest projected parameter that is trained."""
         if self._largest is None:
@@ -147,11 +146,16 @@ class Parts:
             )
         with torch.no_grad():
             if tensor_id in self._round:  # a second time: a step is over
-                self._round.clear()
-                opt._end_of_parts()
+                self.end_round()
             self._round.add(tensor_id)
             opt._take_turns(tensor_id)
             opt._run(self.plan((tensor_id,), [g]), [g], part=True)
+
+    def end_round(self) -> None:
+        """Ends a step of step_parameter's."""
+        if self._round:
+            self._round.clear()
+            self.opt._end_of_parts()
 
     def _refuse(self, tensor_id: int, p: torch.Tensor) -> None:
         opt, what = self.opt, describe(type(self.opt).__name__, tensor_id, p)

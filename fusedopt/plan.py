@@ -49,9 +49,7 @@ def _buckets(slots: list[Slot], apart: bool) -> list[Bucket]:
 class DevicePlan:
     """Everything of one device: buckets, scalar rows, step counters, reduction buffers."""
 
-    def __init__(
-        self, device: torch.device, slots: list[Slot], opt, tensor_count: int, max_norm: float | None, pool
-    ):
+    def __init__(self, device: torch.device, slots: list[Slot], opt, tensor_count: int, max_norm: float | None, pool):
         """max_norm: None without clipping; 0 where norms are summed and the coefficient comes from elsewhere."""
         self.device, self.slots = device, slots
         self.kept: list[torch.Tensor] = []  # host buffers that a captured graph reads again

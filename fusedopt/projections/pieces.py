@@ -178,7 +178,9 @@ class PieceLaunch:
 
 def pieces_of(site, slot, steps, shape: tuple[int, int], dtype: torch.dtype, whole_rows: bool = False) -> Pieces:
     """Pieces for a site, which notes their room: to be called in `bind`, before the first scratch buffer is made."""
-    pieces = Pieces(shape, slot.param.device, slot.key.backend, dtype=dtype, largest=steps.largest(), whole_rows=whole_rows)
+    pieces = Pieces(
+        shape, slot.param.device, slot.key.backend, dtype=dtype, largest=steps.largest(), whole_rows=whole_rows
+    )
     site.room = max(site.room, pieces.room)
     return pieces
 
