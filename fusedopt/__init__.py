@@ -6,6 +6,7 @@ from fusedopt.factory import create
 from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.numerics import NonFiniteError, check_numerics
+from fusedopt.offloading import offload
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
 from fusedopt.projected_linear import projected_linear
@@ -70,6 +71,7 @@ __all__ = [
     "list_precisions",
     "list_projections",
     "list_rules",
+    "offload",
     "override",
     "projected_linear",
     "quantize_blockwise",

@@ -234,11 +234,15 @@ def prepare(opt, state_dict: dict) -> dict:
     owners = [(p, g) for g in new_groups for p in g["params"]]
     by_id = {saved_id: (i, *owner) for i, (saved_id, owner) in enumerate(zip(ids, owners, strict=True))}
     state: dict = {}
+    keeper = opt.offloading and opt.offloading.keeper()
     with torch.no_grad():
         for key, entry in state_dict["state"].items():
             if key in by_id:
                 index, p, group = by_id[key]
-                state[p] = _load_entry(opt, index, p, group, entry)
+                if keeper:
+                    state[p] = keeper.keep(_load_entry(opt, index, keeper.home(p), group, entry))
+                else:
+                    state[p] = _load_entry(opt, index, p, group, entry)
             else:
                 state[key] = entry
     return {"state": defaultdict(dict, state), "param_groups": new_groups}

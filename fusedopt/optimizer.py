@@ -13,6 +13,8 @@ from fusedopt.backends import select
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
 from fusedopt.metrics import Metrics, Recorder
+from fusedopt.offloading import Offloading
+from fusedopt.offloading.engine import Engine
 from fusedopt.options import check_clip, check_lr, check_nonnegative
 from fusedopt.parts import Parts
 from fusedopt.plan import Plan
@@ -159,6 +161,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _parts: Parts | None = None  # plans of some of the parameters: gradient release, step_parameter
     _release: ReleasedGradients | None = None
     _watchers: tuple = ()  # metrics and checks of numerics: see fusedopt.metrics
+    offloading: Offloading | None = None  # how states are offloaded (fusedopt.offload)
+    _offload: Engine | None = None
     _lost_updates: LostUpdates | None = None
     _low_rank: LowRankGradients | None = None  # gradients that projected_linear keeps in place of .grad
 
@@ -172,7 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plan = self._parts = None
+        self._plan = self._parts = self._offload = None
         if self._traced is None:
             self._traced = compiled.Traced(self)
         self._traced.groups = self.param_groups
@@ -321,9 +325,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._low_rank is not None:
             found = self._low_rank.check_amp(scale, found)
-        initialising = not self.state and self._moves_nothing(params, grads)
+        initialising = self.offloading is None and not self.state and self._moves_nothing(params, grads)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._take_turns()
+            if self.offloading is not None:
+                self._step_offloaded(params, grads, scale, found)
+                return
             plan = self._current_plan(params, grads)
             if initialising:
                 return
@@ -343,6 +350,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         home = live[0][1].device if live else "cpu"
         found = sum((g.count_nonzero().to(home) for _, g in live), torch.zeros((), dtype=torch.int64, device=home))
         return len(live) > 0 and not distributed.anywhere(found, [p for p, _ in live])
+
+    def _step_offloaded(self, params, grads, scale, found) -> None:
+        if self._watchers:
+            raise RuntimeError(
+                f"{type(self).__name__}: metrics and check_numerics do not see offloaded steps. Stop them before the step."
+            )
+        engine = self._engine()
+        chunks = engine.prepare(params, grads)
+        if self._lost_updates is None:
+            self._lost_updates = LostUpdates(type(self).__name__)
+        self._lost_updates.before(engine.slots, self.param_groups)
+        engine.step(chunks, grads, scale, found)
+        self._lost_updates.after(found)
 
     def _run(self, plan: Plan, grads: list[torch.Tensor], scale=None, found=None, part: bool = False) -> None:
         """Steps a plan, with everything that looks at steps. part: others of the same step follow."""
@@ -427,6 +447,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether step_parameter can be used."""
         return self.clip_grad_norm is None and not self.amp_fused and self._release is None and self._low_rank is None
 
+    def _engine(self) -> Engine:
+        if self._offload is None:
+            self._offload = Engine(self)
+        return self._offload
+
     def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor | None]:
         grads = [p.grad for p in params] if self._low_rank is None else self._low_rank.gradients(params)
         return distributed.local_gradients(type(self).__name__, params, grads)
@@ -462,9 +487,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Global gradient norm of the last step before clipping, fp32 [1] on the device; None without clip_grad_norm."""
         if self._release is not None:
             return self._release.norm
-        if self._plan is None or self.clip_grad_norm is None:
+        source = self._plan if self.offloading is None else self._offload
+        if source is None or self.clip_grad_norm is None:
             return None
-        norm = self._plan.grad_norm()
+        norm = source.grad_norm()
         return None if norm is None else norm.to(torch.float32, copy=True)
 
     def plan(self) -> PlanReport:
@@ -475,8 +501,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         grads = self._gradients(params)
+        stand_ins = [p.detach() if p.requires_grad else None for p in params]
+        if self.offloading is not None:
+            grads = stand_ins if all(g is None for g in grads) else grads
+            return PlanReport(self, self._engine().plan(params, grads))
         if all(g is None for g in grads):
-            stand_ins = [distributed.local(p).detach() if p.requires_grad else None for p in params]
+            stand_ins = [distributed.local(p) if p is not None else None for p in stand_ins]
             with torch.no_grad():
                 return PlanReport(self, Plan(self, params, stand_ins))
         return PlanReport(self, self._current_plan(params, grads))

@@ -189,6 +189,14 @@ class DevicePlan:
         totals = self.totals.double().sum(0, True) if self.shards is None else self.shards.square_sum(self.totals)
         return totals
 
+    def take_clip(self, clip: torch.Tensor) -> None:
+        """Instead of `norms`, where this plan is a part of a step whose global norm is known: sums of tensors only."""
+        for bucket in self.normed:
+            if bucket.slots[0].rule.trust_on == "gradient":
+                bucket.backend.launch(bucket.works[Phase.NORM])
+        if self.clip is not None:
+            self.clip.copy_(clip)
+
     def step(self, grads: list[torch.Tensor]) -> None:
         self.projected.before(grads)
         for phases in ((Phase.PROBE,), (Phase.FUSED, Phase.APPLY, Phase.DIRECTION)):
@@ -364,8 +372,9 @@ class Plan:
             return False
         return pointers == self.grad_pointers or not self.all_aligned or not any(x & 15 for x in pointers)
 
-    def run(self, grads: list[torch.Tensor], grad_scale, found_inf) -> None:
-        """One step of every slot. grads: the gradients that are not None, in parameter order."""
+    def run(self, grads: list[torch.Tensor], grad_scale, found_inf, clip: torch.Tensor | None = None) -> None:
+        """One step of every slot. grads: the gradients that are not None, in parameter order. clip: the coefficient, of a
+        global norm that covers more than this plan; None: that of its own gradients."""
         opt = self.opt
         if found_inf is not None and any(d.counts_on_host for d in self.devices) and bool(found_inf):
             return
@@ -386,9 +395,9 @@ class Plan:
                 bucket.set_gradients(grads, pointers, device.upload)
         self.grad_pointers = pointers
         for device in self.devices:
-            device.norms()
+            device.norms() if clip is None else device.take_clip(clip)
         spread = len(self.devices) > 1 or any(d.shards is not None for d in self.devices)
-        if isinstance(self.max_norm, torch.Tensor) or spread and self.max_norm:
+        if clip is None and (isinstance(self.max_norm, torch.Tensor) or spread and self.max_norm):
             self._combine_norms(grad_scale)
         for device in self.devices:
             device.step(grads)
