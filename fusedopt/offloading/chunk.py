@@ -83,7 +83,7 @@ class Chunk:
         self.entries: list[dict] = []
         self.layouts: list[list[Place]] = []
         self.staged: list[tuple[Place, Place]] = []  # gradient and parameter
-        self.nbytes = self.extra = 0
+        self.nbytes = self.extra = self.room = 0
         self.segment: MemorySegment | FileSegment | None = None
         self.buffer: Buffer | None = None
         self.plan: Plan | None = None
@@ -91,15 +91,15 @@ class Chunk:
 
     # Building
 
-    def sizes(self, p: torch.Tensor, grad: torch.Tensor | None, entry: dict) -> tuple[int, int]:
-        """Bytes that a parameter adds: of states, and of its gradient and itself where they are staged."""
-        _, nbytes = lay_out(entry, 0)
-        if not self.streams:
-            return nbytes, 0
+    def room_for(self, p: torch.Tensor, grad: torch.Tensor | None, entry: dict) -> int:
+        """Bytes of staging that a parameter adds in the memory that it adds more to."""
+        _, states = lay_out(entry, 0)
         grad_size = (p if grad is None else grad).dtype.itemsize
-        return nbytes, padded(p.numel() * grad_size) + padded(p.numel() * p.dtype.itemsize)
+        extra = padded(p.numel() * grad_size) + padded(p.numel() * p.dtype.itemsize) if self.streams else 0
+        return extra + (states if self.settings.folder is not None or self.settings.step_on == "device" else 0)
 
     def add(self, index: int, p: torch.Tensor, grad: torch.Tensor | None, entry: dict) -> None:
+        self.room += self.room_for(p, grad, entry)
         places, self.nbytes = lay_out(entry, self.nbytes)
         self.members.append(index)
         self.params.append(p)

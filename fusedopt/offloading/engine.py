@@ -134,8 +134,7 @@ class Engine:
         made: list[Chunk] = []
         for device in devices:
             streams = streams_to_cpu(settings, device)
-            staged = streams or settings.step_on == "device" or file is not None
-            share = settings.memory_limit // (BUFFERS * len(devices)) if staged else 1 << 62
+            share = settings.memory_limit // (BUFFERS * len(devices))
             chunk: Chunk | None = None
             for i in fresh:
                 p, group = owners[i]
@@ -143,13 +142,13 @@ class Engine:
                     continue
                 entry = full_entry(opt, i, p, group)
                 chunk = chunk or Chunk(settings, device, streams)
-                size = sum(chunk.sizes(p, grads[i], entry))
+                size = chunk.room_for(p, grads[i], entry)
                 if size > share:
                     raise ValueError(
                         f"{describe(type(opt).__name__, i, p)} needs {size} bytes of staging, more than the {share} that a chunk "
                         f"has: offload with memory_limit={BUFFERS * len(devices) * size} or more, or with fewer bits of state."
                     )
-                if chunk.members and chunk.nbytes + chunk.extra + size > share:
+                if chunk.members and chunk.room + size > share:
                     chunk.settle(file)
                     made.append(chunk)
                     chunk = Chunk(settings, device, streams)
