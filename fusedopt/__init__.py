@@ -3,6 +3,7 @@
 from fusedopt import rule as _rule
 from fusedopt.backends.select import use_backend
 from fusedopt.factory import create
+from fusedopt.files import latest_checkpoint, load_checkpoint, save_checkpoint
 from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.numerics import NonFiniteError, check_numerics
@@ -25,6 +26,7 @@ from fusedopt.projections import (
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
+from fusedopt.state_files import export_states, import_states
 from fusedopt.states import override, state_bytes
 from fusedopt.weights import Int8Weight, quantize_weights_
 
@@ -66,17 +68,22 @@ __all__ = [
     "clip_grad_norm_",
     "create",
     "dequantize_blockwise",
+    "export_states",
     "global_norm",
+    "import_states",
+    "latest_checkpoint",
     "list_formats",
     "list_precisions",
     "list_projections",
     "list_rules",
+    "load_checkpoint",
     "offload",
     "override",
     "projected_linear",
     "quantize_blockwise",
     "quantize_weights_",
     "release_gradients",
+    "save_checkpoint",
     "state_bytes",
     "use_backend",
 ]

@@ -14,7 +14,7 @@ from fusedopt.conversion import convert, for_loading, to_bitsandbytes
 from fusedopt.distributed import Loader, LocalEntry, as_dtensor, entry_of, gathered, is_dtensor, local, portable
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, strides_match
-from fusedopt.precision import COMPANIONS
+from fusedopt.precision import COMPANIONS, companion_dtypes
 from fusedopt.projections.base import states_like
 from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
 
@@ -61,15 +61,17 @@ def to_portable(opt, native: dict) -> None:
             native["state"][index] = portable(p, native["state"][index])
 
 
-def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict) -> dict:
+def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, label: str | None = None) -> dict:
     """One parameter's state in this optimizer's formats, on its device. Raises ValueError where it does not fit."""
-    name = type(opt).__name__
-    what = describe(name, index, p)
+    what = describe(type(opt).__name__, index, p, label)
     rule = opt.kept_rule(p, group, entry)
     entry = {k: v for k, v in entry.items() if v is not None}
+    step = entry.get("step", 0)
+    if not (step.numel() == 1 if isinstance(step, torch.Tensor) else isinstance(step, (int, float))):
+        raise ValueError(f"{what}: the loaded 'step' is {step!r}. Load one number for each parameter.")
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]
-    stepped = bool(rule.states) and float(entry.get("step", 0)) > 0
+    stepped = bool(rule.states) and float(step) > 0
     projection = opt.projection_for(p, group)
     kept = {} if projection is None else projection.tensors(p)
     likes = states_like(p, projection, rule)
@@ -121,7 +123,13 @@ def _check_state(what: str, p: torch.Tensor, entry: dict, name: str) -> None:
         raise ValueError(
             f"{what}: the loaded state {name!r} has shape {tuple(tensor.shape)}. Load a state dict of the same model."
         )
-    if coded and (count := st.stored_scale(entry, name, found).numel()) != found.scale_count(n):
+    scale = st.stored_scale(entry, name, found)
+    if coded and not (isinstance(scale, torch.Tensor) and scale.dtype.is_floating_point):
+        raise ValueError(
+            f"{what}: the loaded scales {st.scale_name(name, found)!r} are {getattr(scale, 'dtype', type(scale).__name__)}, not "
+            "floating point. Load a complete state dict."
+        )
+    if coded and (count := scale.numel()) != found.scale_count(n):
         raise ValueError(
             f"{what}: the loaded {found.name} state {name!r} needs {found.scale_count(n)} scales under "
             f"{st.scale_name(name, found)!r}, not {count}. Load a complete state dict."
@@ -175,9 +183,15 @@ def _take_companion(what: str, owner: torch.Tensor, p: torch.Tensor, group: dict
         raise ValueError(f"{what}: {error}") from None
     loaded = {name: entry[name] for name in COMPANIONS if name in entry}
     for name, tensor in loaded.items():
-        if tensor.shape != p.shape:
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != p.shape:
             raise ValueError(
-                f"{what}: the loaded {name!r} has shape {tuple(tensor.shape)}. Load a state dict of the same model."
+                f"{what}: the loaded {name!r} has shape {tuple(getattr(tensor, 'shape', ()))}. Load a state dict of the same "
+                "model."
+            )
+        if tensor.dtype not in companion_dtypes(name):
+            kinds = " or ".join(str(d).removeprefix("torch.") for d in companion_dtypes(name))
+            raise ValueError(
+                f"{what}: the loaded {name!r} is {tensor.dtype}, not {kinds}. Load a state dict of this package."
             )
         out[name] = empty_like(p, tensor.dtype).copy_(tensor)
     bind(p, out, precision)
@@ -197,6 +211,11 @@ def _take_kept(
                 f"{what}: the loaded {name!r} is {found}, the projection keeps one of shape {shape}. Load a state dict of "
                 "the same model and projection."
             )
+        if tensor.dtype.is_floating_point != dtype.is_floating_point:
+            raise ValueError(
+                f"{what}: the loaded {name!r} is {tensor.dtype}, the projection keeps {dtype}. Load a state dict of the same "
+                "projection."
+            )
         device = "cpu" if name in on_host else p.device
         out[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
 
@@ -212,8 +231,16 @@ def _step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def prepare(opt, state_dict: dict) -> dict:
-    """What Optimizer.__setstate__ takes, from a loaded state dict; the optimizer is not touched."""
+def prepare(opt, state_dict: dict, labels: list[str] | None = None) -> dict:
+    """What Optimizer.__setstate__ takes, from a loaded state dict; the optimizer is not touched.
+
+    labels: names of the parameters for messages; None for those that the groups have.
+    """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"{type(opt).__name__}: what is loaded is not an optimizer's state dict: it holds {list(state_dict)[:8]}, not 'state' "
+            "and 'param_groups'."
+        )
     state_dict = for_loading(opt, state_dict)
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
@@ -234,15 +261,16 @@ def prepare(opt, state_dict: dict) -> dict:
     owners = [(p, g) for g in new_groups for p in g["params"]]
     by_id = {saved_id: (i, *owner) for i, (saved_id, owner) in enumerate(zip(ids, owners, strict=True))}
     state: dict = {}
+    labels = labels or [n for g in groups for n in g.get("param_names", [None] * len(g["params"]))]
     keeper = opt.offloading and opt.offloading.keeper()
     with torch.no_grad():
         for key, entry in state_dict["state"].items():
             if key in by_id:
                 index, p, group = by_id[key]
                 if keeper:
-                    state[p] = keeper.keep(_load_entry(opt, index, keeper.home(p), group, entry))
+                    state[p] = keeper.keep(_load_entry(opt, index, keeper.home(p), group, entry, labels[index]))
                 else:
-                    state[p] = _load_entry(opt, index, p, group, entry)
+                    state[p] = _load_entry(opt, index, p, group, entry, labels[index])
             else:
                 state[key] = entry
     return {"state": defaultdict(dict, state), "param_groups": new_groups}

@@ -13,8 +13,10 @@ from fusedopt.states import stored_shape
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def describe(name: str, index: int, p: torch.Tensor) -> str:
-    return f"{name}: parameter {index} (shape {tuple(p.shape)}, {p.dtype}, device {p.device})"
+def describe(name: str, index: int, p: torch.Tensor, label: str | None = None) -> str:
+    """label: the parameter's name, where it is known."""
+    named = "" if label is None else f" {label!r}"
+    return f"{name}: parameter {index}{named} (shape {tuple(p.shape)}, {p.dtype}, device {p.device})"
 
 
 def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> None:

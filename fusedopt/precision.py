@@ -108,6 +108,12 @@ _precisions = {
 COMPANIONS = tuple(dict.fromkeys(p.companion for p in _precisions.values() if p.companion))
 
 
+def companion_dtypes(companion: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that a companion of a name can have."""
+    kept = [p for p in _precisions.values() if p.companion == companion]
+    return tuple(dict.fromkeys(d for p in kept for d in ((p.storage,) if p.storage else p.dtypes)))
+
+
 def get_precision(name: str | ParamPrecision) -> ParamPrecision:
     if isinstance(name, ParamPrecision):
         return name
