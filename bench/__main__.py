@@ -13,6 +13,8 @@ COMMANDS = {
     "accuracy": "what formats and precisions cost: errors on real moments, drift, losses over seeds",
     "lowrank": "projected optimizers: steps, refreshes, staggering, state and extra memory",
     "lowrank-accuracy": "what projected and factored optimizers cost in held-out loss, against AdamW",
+    "offload": "offloaded steps against ordinary ones and against the disk's bandwidth",
+    "kill-resume": "runs killed with SIGKILL at random points: does each resume bit for bit?",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }

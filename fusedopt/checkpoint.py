@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from copy import deepcopy
 from itertools import chain
+from numbers import Real
 
 import torch
 
@@ -67,7 +68,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     rule = opt.kept_rule(p, group, entry)
     entry = {k: v for k, v in entry.items() if v is not None}
     step = entry.get("step", 0)
-    if not (step.numel() == 1 if isinstance(step, torch.Tensor) else isinstance(step, (int, float))):
+    if not (step.numel() == 1 if isinstance(step, torch.Tensor) else isinstance(step, Real)):
         raise ValueError(f"{what}: the loaded 'step' is {step!r}. Load one number for each parameter.")
     present = [s for s in rule.states if s.name in entry]
     missing = [s.name for s in rule.states if s.name not in entry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch  # before the extension, which then shares torch's OpenMP runtime and its threads
@@ -16,6 +17,25 @@ try:
     import fusedopt._native_cpu as native
 except ImportError as error:
     native, _import_error = None, str(error)
+
+
+_spared = 0
+
+
+@contextlib.contextmanager
+def sparing_threads(count: int):
+    """Within the context steps leave some threads of `torch.get_num_threads()` to others, as long as one is left. A parallel
+    region waits for its slowest thread: with readers and writers of a file on the same cores it takes many times longer."""
+    global _spared
+    before, _spared = _spared, count
+    try:
+        yield
+    finally:
+        _spared = before
+
+
+def step_threads() -> int:
+    return max(1, torch.get_num_threads() - _spared)
 
 
 class CpuBackend(NativeBackend):
@@ -51,7 +71,7 @@ class CpuBackend(NativeBackend):
         return torch.get_num_threads()
 
     def launch(self, work: Work) -> None:
-        native.launch(self.packed(work, threads=torch.get_num_threads(), isa=self._isa))
+        native.launch(self.packed(work, threads=step_threads(), isa=self._isa))
 
     def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
         dtype, code, threads = DTYPE_CODES[x.dtype], form.code(signed), torch.get_num_threads()

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from fusedopt.backends.cpu import sparing_threads
 from fusedopt.offloading.chunk import Chunk
 
 
@@ -55,6 +56,8 @@ class Pipeline:
         # One chunk ahead where fetching waits for the buffer on this thread; a thread may wait for any free one.
         depth = max(1, len(buffers) - 1) if in_file else 1
         with contextlib.ExitStack() as stack:
+            if in_file:
+                stack.enter_context(sparing_threads(2))
             reader = stack.enter_context(ThreadPoolExecutor(1)) if in_file else _AtOnce()
             writer = stack.enter_context(ThreadPoolExecutor(1)) if in_file else _AtOnce()
             fetches: list[Future] = []
