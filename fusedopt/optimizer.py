@@ -176,13 +176,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plan = self._parts = self._offload = None
+        self._drop_plans()
         if self._traced is None:
             self._traced = compiled.Traced(self)
         self._traced.groups = self.param_groups
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def _drop_plans(self) -> None:
+        if self._offload is not None:
+            self._offload.release()
+        self._plan = self._parts = self._offload = None
 
     def state_dict(self, format: str = "native") -> dict:
         """The state dict. format="torch": states decoded to fp32 under torch.optim's names, loadable by the torch class."""

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -412,3 +414,41 @@ def test_on_a_gpu(config, clip, step_on, folder, tmp_path):
                 opt.step()
             runs.append([t.cpu() for t in tensors(opt, params)])
         assert_same_bits(runs[1], runs[0], f"{kept}:")
+
+
+MEMORY = """
+import sys, torch, fusedopt
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+torch.set_num_threads(1)
+params = [torch.nn.Parameter(torch.zeros(1 << 19)) for _ in range(24)]
+for p in params:
+    p.grad = torch.ones_like(p)
+warm = fusedopt.AdamW(params[:1])
+warm.step()
+del warm
+limit = 24 * (8 << 19) // 4
+opt = fusedopt.offload(fusedopt.AdamW(params), folder=sys.argv[1], memory_limit=limit)
+before, most = anonymous(), 0
+for _ in range(3):
+    opt.step()
+    most = max(most, anonymous() - before)
+opt.load_state_dict(opt.state_dict())
+most = max(most, anonymous() - before)
+opt.step()
+most = max(most, anonymous() - before)
+print(limit, most)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_memory_of_the_process_stays_at_the_limit(tmp_path):
+    """States are 4 times the limit (and 100 MB): resident memory must not tell of more than the staging buffers."""
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(fusedopt.__file__))}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], env=env, capture_output=True, text=True, check=True
+    )
+    limit, most = map(int, done.stdout.split())
+    assert limit / 2 < most < 1.25 * limit

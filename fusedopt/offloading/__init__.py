@@ -9,7 +9,7 @@ import torch
 
 from fusedopt.checks import describe
 from fusedopt.memory import is_dense
-from fusedopt.offloading.storage import ScratchFile, lay_out
+from fusedopt.offloading.storage import ScratchFile, lay_out, release_freed_memory
 from fusedopt.states import option_overrides
 from fusedopt.weights import Int8Weight
 
@@ -46,6 +46,7 @@ class Keeper:
         segment = self._file.segment(nbytes)
         for place in places:
             segment.put(place, entry[place.name])
+        release_freed_memory()
         return entry | {place.name: segment.tensor(place) for place in places}
 
 
@@ -112,7 +113,7 @@ def offload(
             check_offloadable(opt, index, p, group)
             index += 1
     opt.offloading = Offloading(step_on, folder, memory_limit)
-    opt._plan = opt._offload = None
+    opt._drop_plans()
     return opt
 
 

@@ -11,7 +11,15 @@ from fusedopt.checks import check_layout
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense
 from fusedopt.offloading import Offloading, host_copy
-from fusedopt.offloading.storage import FileSegment, MemorySegment, Place, ScratchFile, lay_out, padded
+from fusedopt.offloading.storage import (
+    FileSegment,
+    MemorySegment,
+    Place,
+    ScratchFile,
+    lay_out,
+    padded,
+    release_freed_memory,
+)
 from fusedopt.plan import Plan
 from fusedopt.states import configured_formats, option_overrides
 
@@ -86,6 +94,7 @@ class Chunk:
         self.nbytes = self.extra = self.room = 0
         self.segment: MemorySegment | FileSegment | None = None
         self.buffer: Buffer | None = None
+        self.view = None  # the optimizer that the plan belongs to
         self.plan: Plan | None = None
         self.live: list[int] = []  # which of the members have a gradient in this step
 
@@ -126,6 +135,8 @@ class Chunk:
         self.entries = [
             {k: mine.get(k, v) for k, v in entry.items()} for mine, entry in zip(self.home, self.entries, strict=True)
         ]
+        if file is not None:
+            release_freed_memory()
 
     # Staging
 
@@ -164,6 +175,13 @@ class Chunk:
         ]
         self.view.state.update(zip(self.stepped, self.states, strict=True))
         return dict(zip(self.params, self.stepped, strict=True)) if self.streams else {}
+
+    def detach(self) -> None:
+        """Lets go of the buffer. A view and its plan refer to each other: what they hold would stay until a collection."""
+        if self.view is not None:
+            self.view._plan = None
+        self.buffer = self.plan = self.view = None
+        self.states, self.stepped, self.grads, self.given = [], [], [], []
 
     def intact(self, opt, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
         """Whether parameters and states are those it was made of."""

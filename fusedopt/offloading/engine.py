@@ -13,7 +13,7 @@ from fusedopt.offloading import Offloading, check_offloadable
 from fusedopt.offloading.chunk import Buffer, Chunk, full_entry
 from fusedopt.offloading.norms import GlobalNorm
 from fusedopt.offloading.pipeline import Pipeline
-from fusedopt.offloading.storage import ScratchFile
+from fusedopt.offloading.storage import ScratchFile, release_freed_memory
 
 BUFFERS = 3  # one chunk is brought, one stepped, one taken back
 
@@ -68,7 +68,7 @@ class Engine:
         if self._options != self._signature()[: len(self._options)] or not all(
             c.intact(self.opt, params, grads) for c in self.chunks
         ):
-            self._forget()
+            self.release()
         fresh = [i for i, g in enumerate(grads) if g is not None and i not in self._placed]
         if not self.chunks:
             fresh = [i for i, p in enumerate(params) if grads[i] is not None or self.opt.state.get(p)]
@@ -97,10 +97,14 @@ class Engine:
             out.append((self.opt.rule_for(g).name, g["param_precision"], formats, g["min_quantized_numel"]))
         return out
 
-    def _forget(self) -> None:
-        """Chunks are made anew, from the states that the optimizer has now."""
+    def release(self) -> None:
+        """Drops buffers and chunks now: plans and their optimizers refer to each other, which the collector sees late. The next
+        step makes them anew, from the states that the optimizer has then."""
+        self._release_buffers()
         self.chunks, self._placed, self._plans, self._norm = [], set(), [], None
         self._file = None
+        if self.settings.folder is not None:
+            release_freed_memory()
 
     def _add(self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: list[int]) -> None:
         """Moves the states of parameters into new chunks."""
@@ -160,8 +164,7 @@ class Engine:
 
     def _release_buffers(self) -> None:
         for chunk in self.chunks:
-            chunk.buffer = chunk.plan = chunk.view = None
-            chunk.states, chunk.stepped, chunk.grads = [], [], []
+            chunk.detach()
         self._stand_ins, self._plans, self._slots, self._norm = {}, [], [], None
         self.staging.update(host=0, device=0)
 
