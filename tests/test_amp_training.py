@@ -4,7 +4,7 @@ parameters, states and step counts as they were."""
 import pytest
 import torch
 from configs import EVERY, assert_same_bits, each_config, tensors
-from trainer_data import TinyLM, one_thread, text_windows  # noqa: F401
+from trainer_data import TinyLM, one_thread, run_recipe, text_windows  # noqa: F401
 
 import fusedopt
 from fusedopt.integrations import parameter_groups
@@ -131,3 +131,14 @@ def test_fp16_weights_are_refused_by_the_scaler_and_taken_by_the_step():
             continue
         scaler.step(opt)
         assert model(text_windows(4)) < first
+
+
+def test_the_recipe():
+    batches = text_windows(4 * STEPS).split(4)
+    model = TinyLM()
+    first = model(batches[0]).item()
+    names = run_recipe("Plain loop", model=model, batches=batches * 4, steps=4 * STEPS, device="cpu")
+    assert model(batches[0]).item() < first and float(names["opt"].grad_norm) > 0
+    states = names["opt"].state
+    assert states[model.table.weight]["exp_avg"].dtype == torch.float32
+    assert states[model.head.weight]["exp_avg"].dtype == torch.uint8

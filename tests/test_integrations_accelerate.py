@@ -5,7 +5,7 @@ import torch
 
 accelerate = pytest.importorskip("accelerate")
 
-from trainer_data import TinyLM, assert_same_weights, one_thread, text_windows  # noqa: E402, F401
+from trainer_data import TinyLM, assert_same_weights, one_thread, run_recipe, text_windows  # noqa: E402, F401
 
 import fusedopt  # noqa: E402
 from fusedopt.integrations import parameter_groups  # noqa: E402
@@ -149,3 +149,13 @@ def test_an_overflow_is_seen_as_a_skipped_step():
         assert prepared.step_was_skipped == (factor != 1.0)
         prepared.zero_grad()
     assert scaler.get_scale() == 2.0 and all(int(entry["step"]) == 2 for entry in opt.state.values())
+
+
+def test_the_recipe(tmp_path):
+    loader = torch.utils.data.DataLoader(text_windows(STEPS * BATCH), BATCH)
+    accelerator = accelerate.Accelerator(cpu=True)
+    names = run_recipe(
+        "accelerate", model=TinyLM(), loader=loader, accelerator=accelerator, steps=STEPS, folder=str(tmp_path)
+    )
+    assert all(int(entry["step"]) == STEPS for entry in names["opt"].optimizer.state.values())
+    assert (tmp_path / "optimizer.bin").exists()

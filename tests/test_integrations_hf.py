@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 import hf_training as hf  # noqa: E402
-from trainer_data import Windows, assert_same_weights, one_thread  # noqa: E402, F401
+from trainer_data import Windows, assert_same_weights, one_thread, run_recipe  # noqa: E402, F401
 
 import fusedopt  # noqa: E402
 from fusedopt.integrations import keep_embeddings_fp32, parameter_groups, trainer_kwargs  # noqa: E402
@@ -204,3 +204,11 @@ def test_what_trainer_kwargs_refuses():
         trainer_kwargs(model, "adamw7bit", lr=1e-3)
     with pytest.raises(ValueError, match="names a projection"):
         trainer_kwargs(model, "galore_adamw", lr=1e-3, rank=4, projection=fusedopt.GaLore(rank=4))
+
+
+def test_the_recipe(tmp_path):
+    model = hf.make_model("adamw")
+    args = hf.arguments(tmp_path, save_strategy="no", learning_rate=1e-3)
+    names = run_recipe("Hugging Face", model=model, args=args, dataset=Windows(), Trainer=hf.Trainer)
+    assert names["trainer"].state.global_step == hf.STEPS
+    assert names["trainer"].optimizer.optimizer.param_groups[0]["state_format"] == "int8"

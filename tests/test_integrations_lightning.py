@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("lightning.pytorch")
 
 import lightning_training as lt  # noqa: E402
-from trainer_data import assert_same_weights, one_thread, text_windows  # noqa: E402, F401
+from trainer_data import assert_same_weights, one_thread, run_recipe, text_windows  # noqa: E402, F401
 
 HERE = Path(__file__).parent
 each_case = pytest.mark.parametrize("case", lt.CASES)
@@ -111,3 +111,12 @@ def test_gradient_accumulation(tmp_path):
     assert trainer.global_step == lt.EPOCHS * lt.PER_EPOCH // 2
     opt = trainer.optimizers[0]
     assert all(int(entry["step"]) == trainer.global_step for entry in opt.state.values())
+
+
+def test_the_recipe(tmp_path):
+    import lightning
+
+    module = run_recipe("Lightning", lightning=lightning)["Module"](lt.make_model("adamw"))
+    trainer = fit(tmp_path, module, enable_checkpointing=False)
+    assert trainer.global_step == lt.EPOCHS * lt.PER_EPOCH
+    assert trainer.optimizers[0].param_groups[0]["state_format"] == "int8"

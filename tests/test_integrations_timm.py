@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from configs import EVERY, assert_same_bits, each_config, parameters, tensors, train
+from trainer_data import TinyLM, run_recipe, text_windows
 
 import fusedopt
 
@@ -91,3 +92,18 @@ def test_states_of_a_schedule_and_its_optimizer(scheduler):
     run(params, opt, schedule, 3, 6)
     run(others, loaded, again, 3, 6)
     assert_same_bits(tensors(loaded, others), tensors(opt, params))
+
+
+def test_the_recipe(scheduler):
+    model = TinyLM()
+    rates = []
+
+    def train_epoch(model, opt):
+        rates.append(opt.param_groups[0]["lr"])
+        model(text_windows(4)).backward()
+        opt.step()
+        opt.zero_grad()
+
+    before = model(text_windows(4)).item()
+    run_recipe("timm", model=model, train_epoch=train_epoch, timm=types.SimpleNamespace(scheduler=scheduler))
+    assert len(set(rates)) >= 5 and max(rates) <= 5e-3 and model(text_windows(4)).item() < before

@@ -7,7 +7,9 @@ import io
 import pytest
 import torch
 from configs import EVERY, assert_same_bits, each_config, tensors
-from trainer_data import TinyLM, assert_same_weights, one_thread, text_windows  # noqa: F401
+from trainer_data import TinyLM, assert_same_weights, one_thread, recipe, text_windows  # noqa: F401
+
+import fusedopt
 
 STEPS = 5
 
@@ -121,3 +123,16 @@ def test_stochastic_rounding_of_single_parameters_differs_by_the_seed_given():
         return p.detach()
 
     assert torch.equal(start(0), start(0)) and not torch.equal(start(0), start(1))
+
+
+def test_the_recipe():
+    """YAML as simple as this is read by hand; torchtune's own reader makes the same dict of it."""
+    lines = [line.strip().split(": ", 1) for line in recipe("torchtune").splitlines() if line.startswith("  ")]
+    found = dict(lines)
+    assert found.pop("fused") == "True"
+    config = {**found, "lr": float(found["lr"]), "fused": True}
+    model = TinyLM()
+    opt = instantiate(config, model.parameters())
+    assert isinstance(opt, fusedopt.AdamW) and opt.defaults["lr"] == 2e-5
+    losses = train(model, 0, STEPS, opt=opt)
+    assert len(losses) == STEPS and opt.state[model.head.weight]["exp_avg"].dtype == torch.uint8

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedopt
+import fusedopt.integrations
+
 WINDOW = 32
 
 
@@ -24,6 +27,20 @@ def text_windows(count: int = 64) -> torch.Tensor:
     """[count, WINDOW] bytes of argparse.py as int64 tokens."""
     data = Path(argparse.__file__).read_bytes()[: count * WINDOW]
     return torch.tensor(list(data)).view(count, WINDOW)
+
+
+def recipe(title: str) -> str:
+    """The code of a recipe of README, by the bold words it begins with."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    section = text[text.index("## Recipes") :].split("\n**" + title, 1)[1]
+    return section.split("```", 2)[1].split("\n", 1)[1]
+
+
+def run_recipe(title: str, **names) -> dict:
+    """Runs a recipe of README with some names defined; returns all names afterwards."""
+    names = {"torch": torch, "fusedopt": fusedopt, **names}
+    exec(compile(recipe(title), f"README: {title}", "exec"), names)
+    return names
 
 
 class Windows(torch.utils.data.Dataset):
