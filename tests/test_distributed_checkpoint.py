@@ -246,6 +246,10 @@ def test_two_four_one(tmp_path):
         got, want = torch.load(tmp_path / f"1_{kind}.pt"), contents(model, opt)
         if kind in ("fp32", "master", "split32"):
             assert_equal(got, want, kind)
-        else:
-            for x, y in zip(got[:8], want[:8], strict=True):
-                torch.testing.assert_close(x.float(), y.float(), rtol=0.05, atol=0.03)
+        else:  # codes of blocks that were cut anew, bits of shards that begin between octets: a share of the way
+            start = weights(make(kind, distribute=False)[0])
+            way = torch.stack([(x.double() - y.double()).norm() for x, y in zip(want, start, strict=False)]).norm()
+            off = torch.stack(
+                [(x.double() - y.double()).norm() for x, y in list(zip(got, want, strict=True))[: len(start)]]
+            ).norm()
+            assert off < {"int4": 0.06}.get(kind, 0.03) * way, (kind, off / way)
