@@ -33,7 +33,8 @@ def _sum_of_squares(tensors: list[torch.Tensor], each: bool = False) -> torch.Te
     work = Work(
         key._replace(backend=name), get_rule("sgd"), (), get_precision("nearest"),
         [Item(t, t, (), (), i, 0) for i, t in enumerate(tensors)],
-        _upload(table, device), _upload(chunk_table(numels, size), device), torch.zeros(1, 32, device=device), [], size, sum(grains),
+        _upload(table, device), _upload(chunk_table(numels, size), device), torch.zeros(1, 32, device=device), [], size,
+        sum(grains),
         phase=Phase.NORM, totals=out[0], norm=out[1],
         partials=torch.zeros(sum(grains), 2, device=device),
         counters=torch.zeros(len(tensors) + 1, dtype=torch.int32, device=device),

@@ -14,7 +14,6 @@ from fusedopt import GaLore
 from fusedopt.formats import get_format, list_formats
 from fusedopt.metrics import code_kinds, sampled
 
-
 CASES = [(c, None) for c in CONFIGS] + [(BY_NAME["adamw"], GaLore(rank=3, update_every=2))]
 
 
