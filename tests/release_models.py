@@ -4,6 +4,8 @@ import torch
 from configs import assert_same_bits
 from torch import nn
 
+import fusedopt
+
 
 class Tied(nn.Module):
     """An embedding that is the output head too, a matrix used twice, and a branch that odd steps do not use."""
@@ -61,3 +63,15 @@ def assert_equal(one, two) -> None:
     for p, q in zip(one[0].parameters(), two[0].parameters(), strict=True):
         assert one[1].state.get(p, {}).keys() == two[1].state.get(q, {}).keys()
     assert_same_bits(everything(*one), everything(*two))
+
+
+def pair(make, dtype=torch.float32, **release):
+    """(model, optimizer) stepped as usual, the same released, and the handle."""
+    one, two = Tied(dtype), Tied(dtype)
+    plain, released = make(one), make(two)
+    handle = fusedopt.release_gradients(two, released, **release)
+    return (one, plain), (two, released), handle
+
+
+def alive(model) -> int:
+    return sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)

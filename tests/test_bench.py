@@ -25,6 +25,7 @@ from bench import (  # noqa: E402  # noqa: E402
     machine,
     plot,
     providers,
+    release,
     run,
 )
 
@@ -456,3 +457,19 @@ def test_lowrank_quick_run(tmp_path, capsys):
     plain, early = parts["linear"]
     assert plain["peak_bytes"] > plain["gradient_bytes"] and plain["peak_bytes"] > early["peak_bytes"] > 0
     assert parts["linear"][1]["gradient_bytes"] * 8 == parts["linear"][0]["gradient_bytes"]
+
+
+def test_release_quick_run(tmp_path, capsys):
+    """Released, a decoder's step needs less memory by its gradients without the largest one, and makes the same weights."""
+    assert entry.main(["release", "--quick", "--out", str(tmp_path / "release.json")]) == 0
+    text = capsys.readouterr().out
+    document = json.loads((tmp_path / "release.json").read_text())
+    assert document["kind"] == "release" and list(document["parts"]) == list(release.PARTS)
+    assert all(f"\n{part}\n" in "\n" + text for part in release.PARTS)
+    for record in document["parts"]["memory"]:
+        assert record["same_weights"], record["name"]
+        room = record["forward_bytes"] if record["name"] == "equal matrices" else 0
+        assert record["saved_bytes"] >= record["wanted_bytes"] - room, record
+        assert record["enough"] == (record["saved_bytes"] >= record["wanted_bytes"])
+    assert {r["name"] for r in document["parts"]["time"]} >= {"fusedopt, step()", "fusedopt released", "backward alone"}
+    assert len(document["parts"]["single"]) == 4
