@@ -1,7 +1,7 @@
 """Metrics of a step: gradient norms, update ratios, updates lost to rounding, codes of quantised states, skipped steps.
 
 Sums are made on the device, next to the step, and copied to the host without waiting; who asks for a number waits for that copy.
-A step that comes in parts (gradient release) adds up its parts.
+A step that comes in parts (gradient release) adds up its parts; shards of DTensors are added up over their mesh.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from fusedopt.distributed import add_up
 from fusedopt.formats import get_format
 from fusedopt.memory import flat, is_dense
 from fusedopt.norms import square_sums
@@ -20,6 +21,14 @@ from fusedopt.projections.base import check_positive_int
 from fusedopt.states import stored_scale
 
 SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+def watched_offload(opt, who: str) -> ValueError:
+    """The error for an optimizer that is offloaded and watched."""
+    return ValueError(
+        f"{who}: record_metrics and check_numerics read states where they are stepped, and do not see those of an offloaded "
+        f"{type(opt).__name__}. Use one of both."
+    )
 
 
 def sampled(t: torch.Tensor, count: int) -> torch.Tensor:
@@ -100,22 +109,67 @@ class Metrics(Mapping):
         return f"Metrics(step={self.step}, {self._read()})"
 
 
+Row = tuple[str, object, float]
+
+
 @dataclass
-class _Part:
-    """What one run of a plan adds to a recorded step: rows of (kind, key, weight), and their numbers by device."""
+class _Sums:
+    """What the runs of a step's plans add to it: rows of (kind, key, weight), and their numbers, by device and by the process
+    groups over which a tensor is split."""
 
-    rows: dict[torch.device, list[tuple[str, object, float]]] = field(default_factory=dict)
-    numbers: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict)
+    rows: dict[tuple, list[Row]] = field(default_factory=dict)
+    numbers: dict[tuple, list[torch.Tensor]] = field(default_factory=dict)
+    expected: dict[tuple, dict[tuple[str, object], None]] = field(
+        default_factory=dict
+    )  # of split tensors, on every process
 
-    def add(self, device: torch.device, rows: list[tuple[str, object, float]], numbers: torch.Tensor) -> None:
-        self.rows.setdefault(device, []).extend(rows)
-        self.numbers.setdefault(device, []).append(numbers.detach().double().view(-1))
+    def add(self, device: torch.device, slots: list, rows: list[Row], numbers: torch.Tensor) -> None:
+        """slots: of whose tensors the rows are."""
+        numbers = numbers.detach().double().view(-1)
+        split = {slot.groups for slot in slots}
+        for groups in split:
+            mine = [i for i, slot in enumerate(slots) if slot.groups == groups]
+            self.rows.setdefault((device, groups), []).extend(rows[i] for i in mine)
+            chosen = numbers if len(split) == 1 else numbers[torch.tensor(mine, device=device)]
+            self.numbers.setdefault((device, groups), []).append(chosen)
+
+    def expect(self, slot) -> None:
+        """The rows of a split tensor: a process may have none of it, and must take part in the sum nevertheless."""
+        if slot.groups:
+            mine = self.expected.setdefault((slot.param.device, slot.groups), {})
+            kinds = ["grad", "change", "weight", *(("stayed", "moved") if rounds(slot) else ())]
+            mine.update(dict.fromkeys((kind, slot.tensor_id) for kind in kinds))
+            blockwise = [s.name for s, form in zip(slot.rule.states, slot.formats, strict=True) if form.block]
+            mine.update(dict.fromkeys((kind, name) for name in blockwise for kind in ("small", "top", "codes")))
+
+    def sums(self) -> tuple[list[list[Row]], list[torch.Tensor]]:
+        """All rows and their numbers, those of split tensors summed over their mesh."""
+        layout = [rows for (_, groups), rows in self.rows.items() if not groups]
+        vectors = [torch.cat(numbers) for (_, groups), numbers in self.numbers.items() if not groups]
+        for key, expected in self.expected.items():
+            device, groups = key
+            place = {row: i for i, row in enumerate(expected)}
+            total = torch.zeros(len(place), dtype=torch.float64, device=device)
+            if rows := self.rows.get(key):
+                weights = torch.tensor([weight for *_, weight in rows], dtype=torch.float64).to(device)
+                where = torch.tensor([place[kind, name] for kind, name, _ in rows]).to(device)
+                total.index_add_(0, where, torch.cat(self.numbers[key]) * weights)
+            layout.append([(kind, name, 1.0) for kind, name in place])
+            vectors.append(add_up(total, groups))
+        return layout, vectors
+
+
+def rounds(slot) -> bool:
+    """Whether updates of a tensor may be lost to rounding."""
+    return slot.param.dtype in SIXTEEN and slot.precision.name == "nearest" and not slot.quantized
 
 
 class Recorder:
     """Records the metrics of chosen steps of one optimizer. Made by `FusedOptimizer.record_metrics`."""
 
     def __init__(self, opt, every: int, sample: int, model: torch.nn.Module | None):
+        if opt.offloading is not None:
+            raise watched_offload(opt, "record_metrics")
         check_positive_int(every, "every")
         check_positive_int(sample, "sample")
         self._opt, self._every, self._count, self._model = opt, every, sample, model
@@ -141,7 +195,7 @@ class Recorder:
 
     def before(self, plan, grads: list[torch.Tensor], scale, found) -> None:
         if not self._open:
-            self._open, self._part = True, _Part()
+            self._open, self._part = True, _Sums()
             self.steps += 1
             self._on = (self.steps - 1) % self._every == 0
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -151,11 +205,13 @@ class Recorder:
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
         if not self._now:
             return
+        for slot in plan.slots:
+            self._part.expect(slot)
         slots = [s for s in plan.slots if s.source is None]
-        mine = [grads[s.position] for s in slots]
-        for device, (which, sums) in square_sums(mine).items():
+        for device, (which, sums) in square_sums([grads[s.position] for s in slots]).items():
             inverse = 1.0 if scale is None else scale.to(device, torch.float64).view(()).reciprocal()
-            self._part.add(device, [("grad", slots[i].tensor_id, 1.0) for i in which], sums.double() * inverse**2)
+            mine = [slots[i] for i in which]
+            self._part.add(device, mine, [("grad", s.tensor_id, 1.0) for s in mine], sums.double() * inverse**2)
         self._weights = [(s, self._weight(s, copy=True)) for s in plan.slots if not s.quantized and s.param.numel()]
         self._moved = [
             (s, s.param.detach(), sampled(grads[s.position], self._count) != 0) for s in slots if self._rounds(s)
@@ -171,9 +227,8 @@ class Recorder:
 
     @staticmethod
     def _rounds(slot) -> bool:
-        """Whether updates may be lost to rounding, and element by element compared with their gradients."""
-        nearest = slot.param.dtype in SIXTEEN and slot.precision.name == "nearest" and not slot.quantized
-        return nearest and slot.param.numel() > 0 and is_dense(slot.param) and not slot.copy_grad
+        """Whether lost updates can be seen: element by element, weights are compared with their gradients."""
+        return rounds(slot) and slot.param.numel() > 0 and is_dense(slot.param) and not slot.copy_grad
 
     def after(self, plan, found) -> None:
         if not self._now:
@@ -194,7 +249,7 @@ class Recorder:
             for kind, tensors in (("change", change), ("weight", old)):
                 norms = torch.stack(torch._foreach_norm(tensors)).double()
                 rows = [(kind, slot.tensor_id, share) for (slot, _), share in zip(mine, shares, strict=True)]
-                self._part.add(device, rows, norms.square())
+                self._part.add(device, [slot for slot, _ in mine], rows, norms.square())
         self._weights = []
 
     def _lost(self, found) -> None:
@@ -204,7 +259,8 @@ class Recorder:
             if found is not None:
                 counts = counts * (found.to(p.device).view(()) == 0)
             share = p.numel() / old.numel()
-            self._part.add(p.device, [("stayed", slot.tensor_id, share), ("moved", slot.tensor_id, share)], counts)
+            rows = [("stayed", slot.tensor_id, share), ("moved", slot.tensor_id, share)]
+            self._part.add(p.device, [slot] * 2, rows, counts)
         self._moved, self._old = [], []
 
     def _codes(self, plan) -> None:
@@ -225,14 +281,13 @@ class Recorder:
                 )
                 share = codes.numel() / chosen.numel()
                 rows = [(kind, state.name, share) for kind in ("small", "top", "codes")]
-                self._part.add(codes.device, rows, counts)
+                self._part.add(codes.device, [slot] * 3, rows, counts)
 
     def finish(self) -> None:
         """All parts of a step have been run."""
-        if self._open and self._on and self._part.numbers:
-            part, names = self._part, names_of(self._opt, self._model)
-            layout = [part.rows[device] for device in part.rows]
-            vectors = [torch.cat(part.numbers[device]) for device in part.rows]
+        if self._open and self._on and (self._part.numbers or self._part.expected):
+            names = names_of(self._opt, self._model)
+            layout, vectors = self._part.sums()
             if self._skipped is not None:
                 layout.append([("skipped", None, 1.0)])
                 vectors.append(self._skipped)
@@ -273,3 +328,45 @@ def _evaluate(layout, lists: list[list[float]]) -> dict[str, float]:
             out[f"{what}/{state}"] = count / total if total else 0.0
     out["skipped_steps"] = sums.get("skipped", {}).get(None, 0.0)
     return out
+
+
+class Recorded:
+    """The methods of an optimizer that record metrics."""
+
+    def record_metrics(self, every: int = 1, sample: int = 1 << 16, model: torch.nn.Module | None = None) -> Recorder:
+        """Records metrics of every `every`-th step from the next one on, for `metrics()`; replaces an earlier recording.
+
+        A recorded step reads the gradients once more and copies a sample of the weights; results are the same bit for bit.
+        Nothing is recorded while a CUDA graph is captured.
+
+        Args:
+            sample: weights of each tensor, evenly spaced, that update ratios, lost updates and codes are taken from; tensors
+                with fewer are taken whole.
+            model: names the parameters where the optimizer was not given named ones; they go by their index otherwise.
+
+        Returns a handle with stop(), usable in a with statement. Raises ValueError: every or sample is not
+        positive; the optimizer is offloaded.
+        """
+        return Recorder(self, every, sample, model)
+
+    def metrics(self) -> Metrics:
+        """Metrics of the last recorded step, as a mapping from names to floats; they are taken from the device when the first one
+        is asked for. `for k, v in opt.metrics().items(): writer.add_scalar(k, v, step)`. Empty before the first recorded step.
+
+        grad_norm, grad_norm/NAME: before clipping, without the loss scale. update_ratio, update_ratio/NAME: norm of the step's
+        change of the weights by that of the weights. lost_updates, lost_updates/NAME: share of 16-bit weights (nearest
+        rounding) with a gradient that did not change. underflow/STATE, saturated/STATE: share of the elements of a blockwise
+        state that are too small for their block (coded as 0, or raised to the smallest code), and at its largest code (one
+        in a block is normal). skipped_steps: steps since record_metrics that found_inf skipped.
+
+        Raises:
+            RuntimeError: record_metrics has not been called.
+        """
+        recorder = next((w for w in self._watchers if isinstance(w, Recorder)), None)
+        if recorder is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: nothing is recorded. Call opt.record_metrics() before the step."
+            )
+        if self._parts is not None:
+            self._parts.end_round()
+        return recorder.metrics()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedopt.checks import describe
-from fusedopt.metrics import names_of
+from fusedopt.metrics import names_of, watched_offload
 from fusedopt.norms import square_sums
 
 
@@ -67,7 +67,7 @@ class NumericsCheck:
         self._check(plan, self._weights(plan), "before")
         if found is None or not bool(found):  # GradScaler skips the step otherwise
             order = self._order
-            slots = sorted(plan.slots, key=lambda s: (order.get(s.param, len(order)), s.tensor_id))
+            slots = sorted(plan.slots, key=lambda s: (order.get(s.owner, len(order)), s.tensor_id))
             self._check(plan, [("gradient", None, s, grads[s.position]) for s in slots], "gradient")
 
     def after(self, plan, found) -> None:
@@ -149,10 +149,13 @@ def check_numerics(opt, model: torch.nn.Module | None = None) -> NumericsCheck:
     Args:
         opt: an optimizer of fusedopt. model: names the parameters where the optimizer was not given named ones.
     Raises:
-        TypeError: opt is no FusedOptimizer. NonFiniteError (at the step): what, which parameter and step, and what to do.
+        TypeError: opt is no FusedOptimizer. ValueError: it is offloaded. NonFiniteError (at the
+            step): what, which parameter and step, and what to do.
     """
     from fusedopt.optimizer import FusedOptimizer
 
     if not isinstance(opt, FusedOptimizer):
         raise TypeError(f"check_numerics: expected an optimizer of fusedopt, got {type(opt).__name__}")
+    if opt.offloading is not None:
+        raise watched_offload(opt, "check_numerics")
     return NumericsCheck(opt, model)

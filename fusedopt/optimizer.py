@@ -12,11 +12,11 @@ from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
-from fusedopt.metrics import Metrics, Recorder
+from fusedopt.metrics import Recorded
 from fusedopt.offloading import Offloading
 from fusedopt.offloading.engine import Engine
 from fusedopt.options import check_clip, check_lr, check_nonnegative
-from fusedopt.parts import Parts
+from fusedopt.parts import Parts, StepsParts
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import Projection, configured, places, states_like
@@ -33,7 +33,7 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
     """Base of every optimizer class: one multi-tensor step over all parameter groups.
 
     Shared options (keyword only):
@@ -357,10 +357,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         return len(live) > 0 and not distributed.anywhere(found, [p for p, _ in live])
 
     def _step_offloaded(self, params, grads, scale, found) -> None:
-        if self._watchers:
-            raise RuntimeError(
-                f"{type(self).__name__}: metrics and check_numerics do not see offloaded steps. Stop them before the step."
-            )
         engine = self._engine()
         chunks = engine.prepare(params, grads)
         if self._lost_updates is None:
@@ -389,68 +385,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._lost_updates.finish()
         for watcher in self._watchers:
             watcher.finish()
-
-    def record_metrics(self, every: int = 1, sample: int = 1 << 16, model: torch.nn.Module | None = None) -> Recorder:
-        """Records metrics of every `every`-th step from the next one on, for `metrics()`; replaces an earlier recording.
-
-        A recorded step reads the gradients once more and copies a sample of the weights; results are the same bit for bit.
-        Nothing is recorded while a CUDA graph is captured.
-
-        Args:
-            sample: weights of each tensor, evenly spaced, that update ratios, lost updates and codes are taken from; tensors
-                with fewer are taken whole.
-            model: names the parameters where the optimizer was not given named ones; they go by their index otherwise.
-
-        Returns a handle with stop(), usable in a with statement. Raises ValueError: every or sample is not positive.
-        """
-        return Recorder(self, every, sample, model)
-
-    def metrics(self) -> Metrics:
-        """Metrics of the last recorded step, as a mapping from names to floats; they are taken from the device when the first one
-        is asked for. `for k, v in opt.metrics().items(): writer.add_scalar(k, v, step)`. Empty before the first recorded step.
-
-        grad_norm, grad_norm/NAME: before clipping, without the loss scale. update_ratio, update_ratio/NAME: norm of the step's
-        change of the weights by that of the weights. lost_updates, lost_updates/NAME: share of 16-bit weights (nearest
-        rounding) with a gradient that did not change. underflow/STATE, saturated/STATE: share of the elements of a blockwise
-        state that are too small for their block (coded as 0, or raised to the smallest code), and at its largest code (one
-        in a block is normal). skipped_steps: steps since record_metrics that found_inf skipped.
-
-        Raises:
-            RuntimeError: record_metrics has not been called.
-        """
-        recorder = next((w for w in self._watchers if isinstance(w, Recorder)), None)
-        if recorder is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: nothing is recorded. Call opt.record_metrics() before the step."
-            )
-        if self._parts is not None:
-            self._parts.end_round()
-        return recorder.metrics()
-
-    def step_parameter(self, p: torch.Tensor, group: dict | None = None, i: int | None = None) -> None:
-        """Steps one parameter from its .grad, as step() does when its turn comes, and leaves .grad to the caller: for trainers
-        that step in the backward pass from hooks of their own (OneTrainer's fused back pass). A step() after it steps only
-        parameters that have a gradient.
-
-        Args:
-            p: a parameter of this optimizer. Nothing happens where it has no gradient or requires none.
-            group, i: its group and its index there. Only hints: the numbers come from the group that p is in.
-
-        Raises:
-            ValueError: p is not this optimizer's. RuntimeError: clip_grad_norm, which needs all gradients; AMP's fused
-            protocol; release_gradients; or p or its gradient cannot be stepped. Nothing has been changed then.
-        """
-        if self._parts is None:
-            self._parts = Parts(self)
-        self._parts.step_parameter(p, i)
-
-    def step_param(self, p: torch.Tensor, group: dict | None = None) -> None:
-        """step_parameter under the name that kohya's sd-scripts calls."""
-        self.step_parameter(p, group)
-
-    def supports_fused_back_pass(self) -> bool:
-        """Whether step_parameter can be used."""
-        return self.clip_grad_norm is None and not self.amp_fused and self._release is None and self._low_rank is None
 
     def _engine(self) -> Engine:
         if self._offload is None:

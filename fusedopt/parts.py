@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedopt.checks import describe
+from fusedopt.distributed import is_dtensor
 from fusedopt.plan import Plan
 from fusedopt.projections.base import places
 from fusedopt.projections.steps import ScratchPool
@@ -137,7 +138,7 @@ class Parts:
         if g is None or not p.requires_grad:
             return
         tensor_id = self.id_of(p)
-        if not opt.supports_fused_back_pass():
+        if is_dtensor(p) or not opt.supports_fused_back_pass():
             self._refuse(tensor_id, p)
         if i is not None and self.index.owners[tensor_id][1] != i:
             raise ValueError(
@@ -164,6 +165,14 @@ class Parts:
                 f"{what} is stepped by release_gradients already. Call its handle's remove(), or drop the hook that calls "
                 "step_parameter."
             )
+        if opt.offloading is not None:
+            raise RuntimeError(
+                f"{what}: offloaded states are stepped in chunks, by step(). Do not offload, or call step()."
+            )
+        if is_dtensor(p):
+            raise RuntimeError(
+                f"{what} is a DTensor: all processes step together, after their gradients are reduced. Call step()."
+            )
         if opt._low_rank is not None:
             raise RuntimeError(
                 f"{what}: projected_linear steps at step() only. Call its handle's remove() before step_parameter."
@@ -177,3 +186,34 @@ class Parts:
             f"{what}: clip_grad_norm={opt.clip_grad_norm} needs the norm of all gradients, of which step_parameter sees one. "
             "Clip each gradient before the call, or use fusedopt.release_gradients(model, opt, clip='previous')."
         )
+
+
+class StepsParts:
+    """The methods of an optimizer that step one parameter at a time."""
+
+    def step_parameter(self, p: torch.Tensor, group: dict | None = None, i: int | None = None) -> None:
+        """Steps one parameter from its .grad, as step() does when its turn comes, and leaves .grad to the caller: for trainers
+        that step in the backward pass from hooks of their own (OneTrainer's fused back pass). A step() after it steps only
+        parameters that have a gradient.
+
+        Args:
+            p: a parameter of this optimizer. Nothing happens where it has no gradient or requires none.
+            group, i: its group and its index there. Only hints: the numbers come from the group that p is in.
+
+        Raises:
+            ValueError: p is not this optimizer's. RuntimeError: clip_grad_norm, which needs all gradients; AMP's fused
+            protocol; release_gradients; offload; a DTensor; or p or its gradient cannot be stepped. Nothing has been changed
+            then.
+        """
+        if self._parts is None:
+            self._parts = Parts(self)
+        self._parts.step_parameter(p, i)
+
+    def step_param(self, p: torch.Tensor, group: dict | None = None) -> None:
+        """step_parameter under the name that kohya's sd-scripts calls."""
+        self.step_parameter(p, group)
+
+    def supports_fused_back_pass(self) -> bool:
+        """Whether step_parameter can be used."""
+        at_step = self.amp_fused or any(x is not None for x in (self._release, self._low_rank, self.offloading))
+        return self.clip_grad_norm is None and not at_step

@@ -382,7 +382,7 @@ def release_gradients(
 
     Raises:
         TypeError: opt is no FusedOptimizer. ValueError: opt.clip_grad_norm without clip="previous" or the other way round;
-        amp_fused=True; differentiable=True; projected_linear; DistributedDataParallel and sharded parameters; states that
+        amp_fused=True; differentiable=True; projected_linear; offload; DistributedDataParallel and sharded parameters; states that
         gradients cannot be added to; an option out of range.
         RuntimeError, during a backward pass: a parameter that was stepped has a further gradient before opt.step(); of this pass
         nothing has been applied then. At opt.step(): a GradScaler is in use.
@@ -413,6 +413,11 @@ def release_gradients(
         )
     if opt.defaults["differentiable"] or any(g["differentiable"] for g in opt.param_groups):
         raise ValueError("release_gradients: differentiable=True needs gradients that stay. Step in opt.step().")
+    if opt.offloading is not None:
+        raise ValueError(
+            f"release_gradients: the states of this {name} are offloaded and stepped in chunks. Use one of both: released "
+            "gradients save gradient memory, state_format='int8' state memory without offload."
+        )
     if opt._low_rank is not None:
         raise ValueError(
             "release_gradients: projected_linear keeps low-rank gradients for opt.step(). Call its handle's remove() first."

@@ -313,11 +313,44 @@ def fp32_weights():
     assert_equal([whole(v) for v in again.values()], [whole(v) for v in changed.values()])
 
 
+def metrics_are_those_of_the_whole():
+    for dtype, options in (
+        (torch.float32, {"state_format": "int8", "min_quantized_numel": 0}),
+        (torch.bfloat16, {"lr": 1e-3}),
+    ):
+        both = []
+        for model in (build(dtype), sharded(dtype)):
+            opt = fusedopt.AdamW(model.parameters(), **options)
+            recorder = opt.record_metrics()
+            train(model, opt, 0, STEPS)
+            assert recorder.steps == STEPS
+            both.append(dict(opt.metrics()))
+        one, spread = both
+        assert one.keys() == spread.keys() and one["grad_norm"] > 0 and one["update_ratio"] > 0
+        for name, value in one.items():
+            # blocks of codes begin with a shard, so that a few codes differ
+            near = 2e-3 if name.startswith(("underflow", "saturated", "update_ratio")) else 1e-6
+            assert abs(spread[name] - value) <= near * max(1.0, abs(value)), (name, spread[name], value)
+
+
+def single_parameters_are_not_stepped():
+    model = sharded()
+    opt = fusedopt.AdamW(model.parameters())
+    set_whole_grads(model, 0)
+    first = next(model.parameters())
+    with pytest.raises(RuntimeError, match="parameter 0 .*is a DTensor.*Call step"):
+        opt.step_parameter(first)
+    with pytest.raises(ValueError, match="is a DTensor"):
+        fusedopt.offload(opt)
+    assert not opt.state
+
+
 CHECKS = [
     elementwise_rules, precisions, after_a_real_backward_pass, states_are_dtensors, eligibility_is_by_the_whole_size,
     coded_states, trust_ratios, clipping, norms_as_functions, refusals, scaler_agrees_on_overflow,
     parameters_switched_before_the_first_step, plans_are_kept_and_explain, fp32_weights,
-    random_bits_differ_between_columns_of_shards, tensor_parallel,
+    random_bits_differ_between_columns_of_shards, tensor_parallel, metrics_are_those_of_the_whole,
+    single_parameters_are_not_stepped,
 ]  # fmt: skip
 
 
@@ -327,5 +360,13 @@ def test_two_processes():
 
 def test_four_processes():
     """Shards of a quarter: some have no elements."""
-    some = elementwise_rules, precisions, coded_states, trust_ratios, clipping, scaler_agrees_on_overflow
+    some = (
+        elementwise_rules,
+        precisions,
+        coded_states,
+        trust_ratios,
+        clipping,
+        scaler_agrees_on_overflow,
+        metrics_are_those_of_the_whole,
+    )
     run(4, [*some, hybrid_meshes, tensor_parallel])

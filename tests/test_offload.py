@@ -373,6 +373,27 @@ def test_what_cannot_be_offloaded_is_refused(tmp_path):
         with pytest.raises(ValueError, match=why):
             fusedopt.offload(opt)
         assert opt.offloading is None
+    model = torch.nn.Linear(64, 64)
+    opt = fusedopt.AdamW(model.parameters())
+    with (
+        fusedopt.release_gradients(model, opt),
+        pytest.raises(ValueError, match="offload: release_gradients steps this"),
+    ):
+        fusedopt.offload(opt)
+    for watched in (opt.record_metrics, lambda: fusedopt.check_numerics(opt)):
+        with watched(), pytest.raises(ValueError, match="offload: record_metrics and check_numerics"):
+            fusedopt.offload(opt)
+    fusedopt.offload(opt)
+    with pytest.raises(ValueError, match="release_gradients: the states of this AdamW are offloaded"):
+        fusedopt.release_gradients(model, opt)
+    with pytest.raises(ValueError, match="record_metrics: .* of an offloaded AdamW"):
+        opt.record_metrics()
+    with pytest.raises(ValueError, match="check_numerics: .* of an offloaded AdamW"):
+        fusedopt.check_numerics(opt)
+    model(torch.randn(3, 64)).sum().backward()
+    assert not opt.supports_fused_back_pass()
+    with pytest.raises(RuntimeError, match="parameter 0 .*offloaded states are stepped in chunks"):
+        opt.step_parameter(model.weight)
     opt = fusedopt.AdamW(params)
     with pytest.raises(ValueError, match="unknown step_on 'gpu'"):
         fusedopt.offload(opt, step_on="gpu")

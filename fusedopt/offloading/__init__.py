@@ -9,6 +9,7 @@ import torch
 
 from fusedopt.checks import describe
 from fusedopt.memory import is_dense
+from fusedopt.metrics import watched_offload
 from fusedopt.offloading.storage import ScratchFile, lay_out, release_freed_memory
 from fusedopt.states import option_overrides
 from fusedopt.weights import Int8Weight
@@ -86,7 +87,7 @@ def offload(
 
     Raises:
         TypeError: not an optimizer of this package. ValueError: an option is out of range, or the optimizer has
-        capturable, differentiable, a projection or a factored rule.
+        capturable, differentiable, a projection or a factored rule, or it is watched or releases gradients.
         ValueError (at a step): a tensor does not fit in a third of memory_limit; nothing has been changed then.
         RuntimeError (at every step after one that an error of the disk broke off): load a checkpoint.
 
@@ -99,6 +100,13 @@ def offload(
         raise TypeError(
             f"offload: {type(opt).__name__} is not an optimizer of fusedopt. Make e.g. fusedopt.AdamW, and load its state dict."
         )
+    if opt._release is not None:
+        raise ValueError(
+            f"offload: release_gradients steps this {type(opt).__name__} during the backward pass. Call its handle's "
+            "remove() first."
+        )
+    if opt._watchers:
+        raise watched_offload(opt, "offload")
     if step_on not in STEP_ON:
         raise ValueError(f"offload: unknown step_on {step_on!r}; it is 'cpu' or 'device'")
     if not isinstance(memory_limit, int) or isinstance(memory_limit, bool) or memory_limit < 1:
