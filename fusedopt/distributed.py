@@ -269,7 +269,7 @@ def gathered(p: torch.Tensor, entry: dict, rule) -> dict:
     """An entry of a whole tensor, from one that may be a sharded tensor's, gathered (full_state_dict): one scale per block."""
     out = dict(entry)
     for state in rule.states:
-        form = st.stored_format(entry, state.name) if state.name in entry else None
+        form = st.stored_format(entry, state.name) if isinstance(entry.get(state.name), torch.Tensor) else None
         scales = st.stored_scale(entry, state.name, form) if form is not None and form.block else None
         if (
             scales is None
@@ -324,12 +324,20 @@ def check_sharded(what: str, p, projection, formats) -> None:
 
 def partition_of(p: torch.Tensor) -> str | None:
     """Whose flat partition a 1-D tensor is, None for a tensor of its own shape. ZeRO puts plain tensors in the place of an
-    optimizer's Parameters; FSDP1 marks its flat parameters and the views of them."""
+    optimizer's Parameters, and bears no mark but that it makes the step itself; FSDP1 marks its flat parameters and the views
+    of them."""
     if p.dim() != 1:
         return None
     if getattr(p, "_fsdp_flattened", False):
         return "FullyShardedDataParallel (FSDP1)"
-    return "DeepSpeed ZeRO" if type(p) is torch.Tensor and "deepspeed" in sys.modules else None
+    if type(p) is not torch.Tensor or "deepspeed" not in sys.modules:
+        return None
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("deepspeed.runtime."):
+            return "DeepSpeed ZeRO"
+        frame = frame.f_back
+    return None
 
 
 def check_partition(opt, what: str, owner: str, group: dict) -> None:

@@ -3,6 +3,8 @@ DeepSpeed's ZeRO. Each really runs, in 2 gloo processes on the CPU, against one 
 
 import copy
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -180,3 +182,12 @@ def test_deepspeed():
     pytest.importorskip("deepspeed")
     os.environ["DS_ACCELERATOR"] = "cpu"
     run(2, [deepspeed_zero, deepspeed_refusals])
+
+
+def test_plain_tensors_are_no_partitions_because_deepspeed_is_imported(monkeypatch):
+    """accelerate imports it wherever it is installed."""
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    p = torch.ones(64, requires_grad=True)
+    p.grad = torch.ones(64)
+    fusedopt.LAMB([p], lr=0.1, clip_grad_norm=1.0).step()
+    assert not torch.equal(p.detach(), torch.ones(64))
