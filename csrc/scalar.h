@@ -52,6 +52,23 @@ FO_HD float from_bits(uint32_t u) {
 #endif
 }
 
+FO_HD float abs(float x) { return from_bits(bits(x) & 0x7FFFFFFFu); }
+// e^x for x <= 0, within 2 ulp: 2^n times a polynomial of the rest. Spelled out, since a call of expf keeps loops from being vectorised.
+FO_HD float exp_of_negative(float x) {
+  x = max(-87.f, x);
+  float n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // the nearest whole number
+  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float poly = 1.f / 5040.f;
+  poly = poly * r + 1.f / 720.f;
+  poly = poly * r + 1.f / 120.f;
+  poly = poly * r + 1.f / 24.f;
+  poly = poly * r + 1.f / 6.f;
+  poly = poly * r + 0.5f;
+  poly = poly * r + 1.f;
+  poly = poly * r + 1.f;
+  return poly * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
 FO_HD uint32_t magnitude(float x) { return bits(x) & 0x7FFFFFFFu; }
 
 }  // namespace fo

@@ -32,24 +32,13 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
-from fusedopt.rules.adafactor import Adafactor  # noqa: E402
-from fusedopt.rules.adam import Adam, AdamW  # noqa: E402
-from fusedopt.rules.lamb import LAMB  # noqa: E402
-from fusedopt.rules.lars import LARS  # noqa: E402
-from fusedopt.rules.lion import Lion  # noqa: E402
-from fusedopt.rules.microadam import MicroAdam  # noqa: E402
-from fusedopt.rules.sgd import SGD  # noqa: E402
+globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 
 __version__ = "0.1.0"
 
 __all__ = [
+    *(cls.__name__ for cls in _rule.optimizers().values()),
     "DCT",
-    "LAMB",
-    "LARS",
-    "SGD",
-    "Adafactor",
-    "Adam",
-    "AdamW",
     "Apollo",
     "ApolloMini",
     "Conda",
@@ -58,8 +47,6 @@ __all__ = [
     "GaLore",
     "Int8Weight",
     "QGaLore",
-    "Lion",
-    "MicroAdam",
     "NonFiniteError",
     "ReleasedGradients",
     "SubsetNorm",

@@ -29,16 +29,19 @@ def _host(value):
 
 
 def _numbers(row: Row, h: dict, step, lr) -> RowNumbers:
-    weight_decay = h["weight_decay"]
+    rule, weight_decay = row.rule, h["weight_decay"]
     counted = step if row.site is None else row.site.rule_step(step)
+    decay = 0.0
+    if row.decay_mode == "decoupled":
+        decay = lr * weight_decay if rule.decay is None else rule.decay(h, counted)
     return RowNumbers(
-        lr=lr,
-        decay=lr * weight_decay if row.decay_mode == "decoupled" else 0.0,
+        lr=lr if rule.step_size is None else rule.step_size(h, counted),
+        decay=decay,
         l2=weight_decay if row.decay_mode == "coupled" and not row.plain else 0.0,
         grad_sign=-1.0 if h["maximize"] and not row.plain else 1.0,
         seed=h["seed"],
         step=step,
-        scalars=row.rule.scalars(h, counted),
+        scalars=rule.scalars(h, counted),
     )
 
 

@@ -131,6 +131,11 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         """The rule that steps a group, chosen by its flags."""
         raise TypeError(f"{cls.__name__} does not say which rule steps a group: define rule_for(group)")
 
+    def decay_mode_for(self, group: dict) -> str:
+        """ "coupled", "decoupled", or "rule" where the rule itself decays."""
+        decoupled = group.get("decoupled_weight_decay")
+        return self.decay_mode if decoupled is None else "decoupled" if decoupled else "coupled"
+
     def projection_for(self, p: torch.Tensor, group: dict) -> Projection | None:
         """How a parameter's gradient is projected, or None."""
         projection = configured(p, group)
@@ -230,7 +235,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         for g in self.param_groups if groups is None else groups:
             formats = g["state_format"]
             out.append((
-                self.rule_for(g).name, g["capturable"], g["param_precision"], g["min_quantized_numel"],
+                self.rule_for(g).name, self.decay_mode_for(g), g["capturable"], g["param_precision"], g["min_quantized_numel"],
                 tuple(formats.items()) if isinstance(formats, dict) else formats, len(g["params"]), g["projection"],
             ))  # fmt: skip
         return tuple(out)
@@ -259,6 +264,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         for state, form, like in zip(rule.states, formats, likes, strict=True):
             if state.name not in entry:
                 st.allocate(like, entry, state, form)
+                if state.initial is not None and (value := state.initial(group)):
+                    st.store(like, entry, state, form, torch.full((), value, dtype=torch.float64, device=like.device))
         if projection is not None:
             for name, (shape, dtype) in projection.tensors(p).items():
                 if name not in entry:

@@ -93,11 +93,12 @@ class DevicePlan:
             known: dict[tuple, int] = {}
             for i, (slot, count) in enumerate(zip(mine, counts, strict=True)):
                 slot.entry["step"] = counter[i]
+                mode = opt.decay_mode_for(opt.param_groups[slot.group])
                 place = (slot.group, slot.rule.name, count, None if slot.site is None else slot.site.counting)
                 if place not in known:
                     known[place] = len(rows)
                     view = counter[i] if on_device else None
-                    rows.append(Row(slot.group, slot.rule, opt.decay_mode, count, view, site=slot.site))
+                    rows.append(Row(slot.group, slot.rule, mode, count, view, site=slot.site))
                 slot.row = known[place]
                 if slot.site is not None and slot.site.plain_rule is not None:
                     place = (slot.group, count, "plain", slot.site.counting)
@@ -105,7 +106,7 @@ class DevicePlan:
                         known[place] = len(rows)
                         view = counter[i] if on_device else None
                         rule = get_rule(slot.site.plain_rule)
-                        rows.append(Row(slot.group, rule, opt.decay_mode, count, view, plain=True, site=slot.site))
+                        rows.append(Row(slot.group, rule, mode, count, view, plain=True, site=slot.site))
                     slot.plain_row = known[place]
             self.counters.append(counter)
         self.versions = [c._version for c in self.counters]
@@ -294,7 +295,7 @@ class Plan:
             if slot.tensor_id in found:
                 projection, place = found[slot.tensor_id]
                 group = opt.param_groups[slot.group]
-                check_projected(type(opt).__name__, opt.decay_mode, slot.tensor_id, slot.param, group)
+                check_projected(type(opt).__name__, opt.decay_mode_for(group), slot.tensor_id, slot.param, group)
                 if slot.quantized:
                     check_quantized(type(opt).__name__, slot.tensor_id, slot.param, slot.rule, projection)
                 p = slot.param if slot.quantized else slot.work_param

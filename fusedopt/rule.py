@@ -15,13 +15,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class State:
-    """A state tensor of a rule, shaped like the parameter and zero at the start.
+    """A state tensor of a rule, shaped like the parameter.
 
     signed: the 8-bit map it takes: True for first moments, False for second moments (never negative).
+    initial(h): what every element is at the start, from the group's hyperparameters; zero where there is none.
     """
 
     name: str
     signed: bool = True
+    initial: Callable[[Mapping[str, Any]], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Rule:
     direction(g, p, *states, c) -> (u, *states): `@triton.jit`; c points at the rule's scalars in fp32.
     trust(param_sq, x_sq, **scalars) and trust_triton(param_sq, x_sq, c): the per-tensor scale from two squared norms.
     trust_on: what the trust ratio scales: None, "gradient" (after coupled decay) or "update".
+    step_size(h, step): what multiplies u; the learning rate where there is none. decay(h, step): the share of the parameter
+        that decoupled decay takes; lr * weight_decay where there is none. Both under the conditions of `scalars`.
     internal: a building block of projections that no optimizer class steps by itself.
     """
 
@@ -47,6 +51,8 @@ class Rule:
     trust: Callable | None = None
     trust_triton: Any = None
     trust_on: str | None = None
+    step_size: Callable[[Mapping[str, Any], Any], Any] | None = None
+    decay: Callable[[Mapping[str, Any], Any], Any] | None = None
     internal: bool = False
 
     @property

@@ -4,7 +4,10 @@ import itertools
 
 import lion_pytorch
 import pytest
+import pytorch_optimizer
 import torch
+from harness import hyper
+from oracles import elementwise
 from oracles.adafactor import Adafactor as TensorAdafactor
 from oracles.lamb import LAMB
 from oracles.lars import LARS
@@ -69,6 +72,27 @@ ADAFACTOR_CASES = combine(
 )
 
 
+BETAS = [(0.9, 0.99), (0.6, 0.7)]
+DECAYS = {"weight_decay": [0.0, 0.1], "decoupled_weight_decay": [False, True]}
+
+
+def package(name: str, **fixed):
+    """A class of pytorch_optimizer with options under our names."""
+
+    def make(params, maximize=False, decoupled_weight_decay=True, amsgrad=False, **options):
+        names = {"beta3": None, "amsgrad": "ams_bound"}
+        if "beta3" in options:
+            options["betas"] = (*options["betas"], options.pop("beta3"))
+        if amsgrad:
+            options[names["amsgrad"]] = True
+        extra = {"weight_decouple": decoupled_weight_decay, "maximize": maximize, "foreach": False, **fixed}
+        return getattr(pytorch_optimizer, name)(params, **options, **extra)
+
+    return make
+
+
+ADAPTIVE = {"lr": [0.02], "betas": BETAS}
+
 # optimizer class -> (oracle, cases)
 ORACLES = {
     "adam": (torch.optim.Adam, ADAM),
@@ -78,6 +102,70 @@ ORACLES = {
     "lars": (LARS, LARS_CASES),
     "lamb": (LAMB, LAMB_CASES),
     "adafactor": (adafactor, ADAFACTOR_CASES),
+    "adagrad": (
+        torch.optim.Adagrad,
+        combine(
+            lr=[0.05],
+            lr_decay=[0.0, 0.2],
+            initial_accumulator_value=[0.0, 0.3],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "adadelta": (
+        torch.optim.Adadelta,
+        combine(lr=[1.0, 0.3], rho=[0.9, 0.6], eps=[1e-6, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "rmsprop": (
+        torch.optim.RMSprop,
+        combine(
+            lr=[0.02],
+            alpha=[0.9, 0.6],
+            eps=[1e-8, 1e-3],
+            momentum=[0.0, 0.8],
+            centered=[False, True],
+            weight_decay=[0.0, 0.1],
+        )
+        + [{"lr": 0.02, "maximize": True}],
+    ),
+    "adamax": (
+        torch.optim.Adamax,
+        combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "radam": (torch.optim.RAdam, combine(**ADAPTIVE, eps=[1e-8, 1e-3], **DECAYS) + [{"lr": 0.02, "maximize": True}]),
+    "adabelief": (
+        package("AdaBelief"),
+        combine(**ADAPTIVE, eps=[1e-16, 1e-6], rectify=[False, True], amsgrad=[False, True], **DECAYS)
+        + [{"lr": 0.02, "maximize": True, "rectify": True}],
+    ),
+    "adamod": (package("AdaMod"), combine(**ADAPTIVE, beta3=[0.9, 0.5], eps=[1e-8, 1e-3], weight_decay=[0.0, 0.1])),
+    "yogi": (package("Yogi"), combine(**ADAPTIVE, eps=[1e-3], initial_accumulator=[1e-6, 0.1], **DECAYS)),
+    "ademamix": (
+        elementwise.AdEMAMix,
+        combine(
+            lr=[0.02],
+            betas=[(0.9, 0.99, 0.999), (0.5, 0.6, 0.95)],
+            alpha=[2.0, 5.0],
+            weight_decay=[0.0, 0.1],
+            beta3_warmup=[None, 9],
+            alpha_warmup=[None, 7],
+        ),
+    ),
+    "exadam": (
+        elementwise.EXAdam,
+        combine(**ADAPTIVE, eps=[1e-8, 1e-3], weight_decay=[0.0, 0.1], dynamic_step=[False, True]),
+    ),
+    "adabound": (
+        elementwise.AdaBound,
+        combine(**ADAPTIVE, gamma=[1e-3, 0.3], amsbound=[False, True], base_lr=[None, 0.1], **DECAYS),
+    ),
+    "diffgrad": (elementwise.DiffGrad, combine(**ADAPTIVE, eps=[1e-8, 1e-2], **DECAYS)),
+    "adopt": (elementwise.ADOPT, combine(**ADAPTIVE, eps=[1e-6, 0.1], clip_exponent=[0.25, 0.5, None], **DECAYS)),
+    "grams": (
+        elementwise.Grams,
+        combine(**ADAPTIVE, eps=[1e-6, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [
     pytest.param(name, oracle, options, id=f"{name}-{i}")
@@ -189,6 +277,22 @@ def test_transcription_matches_timm(name):
             assert relative_error(x.detach(), y.detach()) <= 1e-9, options
 
 
+@pytest.mark.parametrize("name, theirs", [("ademamix", "AdEMAMix"), ("exadam", "EXAdam")])
+def test_transcription_matches_package(name, theirs):
+    """Where both exist: without schedules, which the package has in another form or not at all."""
+    options = {"alpha": 5.0, "betas": (0.9, 0.99, 0.999)} if name == "ademamix" else {}
+    a, b = make_params(), make_params()
+    one = ORACLES[name][0](a, lr=0.02, weight_decay=0.1, **options)
+    two = package(theirs)(b, lr=0.02, weight_decay=0.1, **options)
+    for step in range(STEPS):
+        set_grads(a, step)
+        set_grads(b, step)
+        one.step()
+        two.step()
+    for x, y in zip(a, b, strict=True):
+        assert relative_error(x.detach(), y.detach()) <= 1e-9
+
+
 def test_lion_sign_of_zero_is_zero():
     """lion_pytorch takes sign_, for which sign(0) = 0: a parameter without gradient signal does not move."""
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -202,9 +306,7 @@ def test_lion_sign_of_zero_is_zero():
 def test_reference_keeps_its_arguments(rule):
     """A reference body returns new tensors; drivers that probe (LAMB) call it twice with the same states."""
     declared = get_rule(rule)
-    h = {"betas": (0.9, 0.99), "eps": 1e-6, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.1,
-         "trust_coefficient": 0.1, "trust_clip": False, "always_adapt": False, "bias_correction": True,
-         "grad_averaging": True, "lr": 0.1}  # fmt: skip
+    h = hyper(rule)
     args = [torch.rand(9) + 0.5 for _ in range(2 + len(declared.states))]
     before = [a.clone() for a in args]
     declared.reference(*args, **declared.named_scalars(h, 3))

@@ -131,6 +131,7 @@ def store_codes(x, p, scales, tile, local, inside, whole, left, FORMAT: tl.const
     FORMAT_ID: tl.constexpr = FORMAT & 0xFF
     ROWS: tl.constexpr = local.shape[0]
     LANES: tl.constexpr = 16 if FORMAT_ID == INT4 else 32
+    x = tl.where(inside, x, 0.0)  # a rule may give lanes past the end any value; a block's scale is of its elements
     scale = block_scales(x, LANES)
     codes = encode(x, scale, FORMAT)
     lane = tl.arange(0, ROWS * 32)

@@ -1,0 +1,152 @@
+"""Elementwise update rules transcribed from their papers in plain torch: one tensor at a time, one formula a line.
+
+Each takes hyperparameters and yields from `update(theta, g, t, state)` the new parameter; t counts from 1, `state` is a dict.
+"""
+
+import math
+
+import torch
+
+
+class Transcription:
+    """One parameter group. decay: "l2" adds it to the gradient, "decoupled" shrinks the parameter first."""
+
+    decay = "decoupled"
+
+    def __init__(self, params, lr, weight_decay=0.0, maximize=False, decoupled_weight_decay=None, **hyper):
+        self.params, self.lr, self.wd, self.sign, self.t = list(params), lr, weight_decay, -1 if maximize else 1, 0
+        self.states = [{} for _ in self.params]
+        if decoupled_weight_decay is not None:
+            self.decay = "decoupled" if decoupled_weight_decay else "l2"
+        self.__dict__.update(hyper)
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        for p, state in zip(self.params, self.states, strict=True):
+            theta, g = p.detach().clone(), self.sign * p.grad
+            if self.decay == "l2":
+                g = g + self.wd * theta
+            elif self.decays():
+                theta = theta * (1 - self.lr * self.wd)
+            p.copy_(self.update(theta, g, self.t, state))
+
+    def decays(self) -> bool:
+        return True
+
+
+def ema(state, name, x, beta):
+    state[name] = beta * state.get(name, torch.zeros_like(x)) + (1 - beta) * x
+    return state[name]
+
+
+class AdaBound(Transcription):
+    """arXiv 1902.09843, algorithms 2 and 3, with bias correction and without 1 / sqrt(t)."""
+
+    decay = "l2"
+    betas, final_lr, gamma, eps, amsbound, base_lr = (0.9, 0.999), 0.1, 1e-3, 1e-8, False, None
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+        if self.amsbound:
+            v = state["v_max"] = torch.max(state.get("v_max", torch.zeros_like(v)), v)
+        final = self.final_lr * self.lr / (self.base_lr or self.lr)
+        lower, upper = final * (1 - 1 / (self.gamma * t + 1)), final * (1 + 1 / (self.gamma * t))
+        size = self.lr * math.sqrt(1 - b2**t) / (1 - b1**t) / (v.sqrt() + self.eps)
+        return theta - torch.clip(size, lower, upper) * m
+
+
+class DiffGrad(Transcription):
+    """arXiv 1909.11015, algorithm 1."""
+
+    decay = "l2"
+    betas, eps = (0.9, 0.999), 1e-8
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+        change = (state.get("g", torch.zeros_like(g)) - g).abs()
+        state["g"] = g
+        friction = 1 / (1 + torch.exp(-change))
+        return theta - self.lr * math.sqrt(1 - b2**t) / (1 - b1**t) * friction * m / (v.sqrt() + self.eps)
+
+
+class ADOPT(Transcription):
+    """arXiv 2411.02853, algorithm 2, and its code's clipping by the number of finished steps to the power of 1/4."""
+
+    decay = "l2"
+    betas, eps, clip_exponent = (0.9, 0.9999), 1e-6, 0.25
+
+    def decays(self):
+        return self.t > 1
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        if t == 1:
+            state["v"] = g * g
+            return theta
+        q = g / torch.clamp(state["v"].sqrt(), min=self.eps)
+        if self.clip_exponent is not None:
+            bound = (t - 1) ** self.clip_exponent
+            q = torch.clip(q, -bound, bound)
+        m = ema(state, "m", q, b1)
+        ema(state, "v", g * g, b2)
+        return theta - self.lr * m
+
+
+class Grams(Transcription):
+    """arXiv 2412.17107, algorithm 1."""
+
+    betas, eps = (0.9, 0.999), 1e-6
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+        size = self.lr * math.sqrt(1 - b2**t) / (1 - b1**t)
+        return theta - size * torch.sign(g) * m.abs() / (v.sqrt() + self.eps)
+
+
+class AdaMomentum(Transcription):
+    """arXiv 2106.11514, algorithm 1."""
+
+    betas, eps = (0.9, 0.999), 1e-8
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m = ema(state, "m", g, b1)
+        s = state["s"] = b2 * state.get("s", torch.zeros_like(m)) + (1 - b2) * m * m + self.eps
+        return theta - self.lr * (m / (1 - b1**t)) / (s / (1 - b2**t)).sqrt()
+
+
+class EXAdam(Transcription):
+    """arXiv 2412.20302, algorithm 1; dynamic_step is its growing step size."""
+
+    betas, eps, dynamic_step = (0.9, 0.999), 1e-8, False
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+        d1 = 1 + v / (v + self.eps) * b2**t
+        d2 = 1 + m * m / (m * m + self.eps) * b1**t
+        m_tilde, g_tilde, v_tilde = m / (1 - b1**t) * d1, g / (1 - b1**t) * d1, v / (1 - b2**t) * d2
+        lr = self.lr * (math.log(math.sqrt(2) * math.sqrt(t + 1)) if self.dynamic_step else 1)
+        return theta - lr * (m_tilde + g_tilde) / (v_tilde.sqrt() + self.eps)
+
+
+class AdEMAMix(Transcription):
+    """arXiv 2409.03137, algorithm 1, with the schedules of the authors' code (half-lives that grow linearly)."""
+
+    betas, alpha, beta3_warmup, alpha_warmup, eps = (0.9, 0.999, 0.9999), 2.0, None, None, 1e-8
+
+    def update(self, theta, g, t, state):
+        b1, b2, b3 = self.betas
+        alpha = self.alpha
+        if self.alpha_warmup is not None:
+            alpha = min(t / self.alpha_warmup * alpha, alpha)
+        if self.beta3_warmup is not None and t < self.beta3_warmup:
+            start, end = (math.log(0.5) / math.log(b + 1e-8) - 1 for b in (b1, b3))
+            life = (1 - t / self.beta3_warmup) * start + t / self.beta3_warmup * end
+            b3 = math.pow(0.5, 1 / (life + 1))
+        fast, slow, v = ema(state, "fast", g, b1), ema(state, "slow", g, b3), ema(state, "v", g * g, b2)
+        return theta - self.lr * (fast / (1 - b1**t) + alpha * slow) / ((v / (1 - b2**t)).sqrt() + self.eps)
