@@ -1,12 +1,14 @@
 """What nvcc makes of the CUDA kernels, without a GPU: no spills, register ceilings, full-width accesses."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from harness import RULES
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from bench import gates_cuda as gates  # noqa: E402
 from bench import gates_cuda_modes as modes  # noqa: E402
 
@@ -23,8 +25,20 @@ OTHERS = {
     "finish_total": 64,
     **dict.fromkeys(SQUARES, 80),
 }
-STATES = {"Sgd": 0, "SgdMomentum": 1, "Lars": 0, "LarsMomentum": 1, "Lion": 1, "Adam": 2, "Lamb": 2, "AdamAmsgrad": 3,
-          "Ema": 1, "AdamDenominator": 2, "Stateless": 0}  # fmt: skip
+
+
+def state_counts() -> dict[str, int]:
+    """States of each rule type, from the headers."""
+    found = {}
+    for header in (ROOT / "csrc" / "rules").glob("*.h"):
+        for name, states in re.findall(
+            r"struct (\w+)[^{]*\{(?:(?!struct ).)*?FO_STATES\((.*?)\)", header.read_text(), re.DOTALL
+        ):
+            found[name] = len([s for s in states.split(",") if s.strip()])
+    return found
+
+
+STATES = state_counts()
 
 
 @pytest.fixture(scope="module", params=gates.ARCHS)

@@ -16,6 +16,7 @@ from fusedopt import masters, states
 from fusedopt.backends import cpu
 from fusedopt.backends.select import get_backend
 from fusedopt.precision import get_precision
+from fusedopt.rule import optimizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import gates, gpu_checks  # noqa: E402
@@ -30,6 +31,7 @@ RULES = {
     "lars": {"momentum": 0.9, "weight_decay": 0.1},
     "lamb": {"weight_decay": 0.1, "clip_grad_norm": None},
 }
+RULES |= {name: {} for name in optimizers() if name not in (*RULES, "adafactor", "microadam")}
 STORAGE = (
     *((torch.float32, form, "nearest") for form in fusedopt.list_formats()),
     *((torch.bfloat16, "int8", precision) for precision in fusedopt.list_precisions()),
