@@ -1,4 +1,4 @@
-"""`python -m fusedopt convert | demo | doctor | estimate`: the command line."""
+"""`python -m fusedopt convert | demo | doctor | estimate | rules`: the command line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "train a small byte-level GPT with torch.optim.AdamW and with fusedopt, and compare",
     "doctor": "show versions and backends, check every backend against the fp64 reference, time a step",
     "estimate": "memory of weights, gradients and optimizer states of a model, for the common choices",
+    "rules": "a table of every optimizer class: states, bytes, reductions, projections, source",
 }
 
 

@@ -16,6 +16,7 @@ from harness import (
     assert_guards,
     guarded,
     guards_untouched,
+    hyper,
     make_problem,
     oracle,
     snapshot,
@@ -60,7 +61,7 @@ def mixed(rule: str, which: int = 0) -> tuple[str, ...]:
 
 # With beta1 = 0.9 and bf16 tensors Lion's sum hits exact zeros, whose sign rounding decides.
 def problem(rule, *args, **options):
-    changes = {"betas": (0.9003, 0.99), **options.pop("hyper_changes", {})}
+    changes = {"betas": (0.9003, *hyper(rule)["betas"][1:]), **options.pop("hyper_changes", {})}
     return make_problem(rule, *args, hyper_changes=changes, **options)
 
 

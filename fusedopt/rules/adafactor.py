@@ -30,6 +30,9 @@ class Adafactor(FusedOptimizer):
     u = g / sqrt(row col / mean(row)), divided by max(1, rms(u) / clip_threshold); p -= size * (u + weight_decay * p) with
     size = min(lr, 1 / sqrt(t)) * max(eps[1], rms(p)).
 
+    For models whose optimizer state must vanish: T5 and other encoder-decoders were trained with it. Without a first moment
+    it wants a warm-up; with beta1 it is close to AdamW.
+
     Args:
         params: parameters, named parameters, or groups of them. The last two dimensions of a tensor are factored, each
             matrix of a stack on its own (a convolution's weight saves little); vectors keep all of `exp_avg_sq`.

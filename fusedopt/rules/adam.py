@@ -75,6 +75,9 @@ class Adam(FusedOptimizer):
 
     p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps), with moments m, v of g + weight_decay p.
 
+    For results that must compare with published Adam runs. Where weights are decayed, AdamW: L2 decay here is divided by
+    sqrt(v) as the gradient is, and so acts least where gradients are large.
+
     Args:
         params: parameters, named parameters, or groups of them, as for any `torch.optim.Optimizer`.
         lr: learning rate, a float or a 1-element tensor.
@@ -105,6 +108,8 @@ class Adam(FusedOptimizer):
 @register_optimizer("adamw")
 class AdamW(Adam):
     """Adam with decoupled weight decay, as `torch.optim.AdamW`: p -= lr * weight_decay * p apart from the Adam update.
+
+    The default for transformers, from pretraining to fine-tuning; with state_format="int8" a quarter of its state.
 
     Arguments and errors are those of `Adam`; `weight_decay` is 1e-2 by default. Source: arXiv 1711.05101, algorithm 2.
     """

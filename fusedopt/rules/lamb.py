@@ -93,6 +93,8 @@ LAMB_RULE = register(
 class LAMB(FusedOptimizer):
     """LAMB: p -= lr * r * u, u = debiased Adam direction + weight_decay p, r = |p| / |u| per tensor (1 where either is 0).
 
+    For transformers at batches of thousands (BERT at 32 k); at small batches AdamW does as well. Warm the learning rate up.
+
     Args:
         params: parameters, named parameters, or groups of them. Biases and norms usually go to a group with weight_decay=0.
         lr: learning rate.

@@ -81,6 +81,8 @@ LARS_MOMENTUM = register(
 class LARS(FusedOptimizer):
     """LARS: SGD with momentum on q (g + weight_decay p), q = trust_coefficient |p| / (|g| + weight_decay |p| + eps) per tensor.
 
+    For convolutional networks at batches of thousands, where one learning rate no longer suits all layers. Warm it up.
+
     Args:
         params: parameters, named parameters, or groups of them. Biases and norms usually go to a group with weight_decay=0.
         lr: learning rate.

@@ -36,6 +36,9 @@ LION = register(
 class Lion(FusedOptimizer):
     """Lion: p -= lr * (sign(beta1 m + (1 - beta1) g) + weight_decay p), then m = beta2 m + (1 - beta2) g. sign(0) = 0.
 
+    For large batches and long runs: half the state of AdamW, one pass without a division. Every weight moves by lr at each
+    step, so that the learning rate must fall to the end.
+
     Args:
         params: parameters, named parameters, or groups of them.
         lr: learning rate; the paper takes 3 to 10 times less than for AdamW.

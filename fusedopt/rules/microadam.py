@@ -21,6 +21,8 @@ class MicroAdam(FusedOptimizer):
     p -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), with m and v the window's exponential sums; zero where the
     window has no entry.
 
+    For fine-tuning in little memory where matrices cannot be projected; pretraining loses accuracy with it.
+
     Args:
         params: parameters, named parameters, or groups of them.
         lr: learning rate, a float or a 1-element tensor.

@@ -59,6 +59,9 @@ class SGD(FusedOptimizer):
 
     b = momentum * b + (1 - dampening) * g (b = g at the first step); p -= lr * (g + momentum * b if nesterov else b).
 
+    For convolutional networks, and wherever one learning rate suits all tensors: with momentum half the state of Adam,
+    without it none.
+
     Args:
         params: parameters, named parameters, or groups of them.
         lr: learning rate, a float or a 1-element tensor.
@@ -70,6 +73,7 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range.
+    Source: Polyak 1964; Sutskever et al., ICML 2013, equations 1 to 4, as torch.optim implements them.
     """
 
     decay_mode = "coupled"

@@ -1,0 +1,95 @@
+"""A table of every optimizer class, made from the classes themselves: rule, states, bytes, reductions, projections, source."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fusedopt.cli import UsageError
+from fusedopt.projections import GaLore
+from fusedopt.rule import optimizers
+from fusedopt.states import state_bytes
+
+MARKS = ("<!-- rules: written by python -m fusedopt rules --readme README.md -->", "<!-- end of rules -->")
+FORMATS = ("fp32", "bf16", "int8", "int4")
+SIDE = 1024  # of the matrix whose states are counted
+HEAD = "| class | name for `create` | states | bytes per parameter: fp32, bf16, 8-bit, 4-bit | reductions | projections | source |"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the table between the marks in this file instead"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.readme is None:
+        print(table())
+        return 0
+    if not args.readme.is_file():
+        raise UsageError(f"{args.readme} does not exist")
+    text = args.readme.read_text()
+    if not all(mark in text for mark in MARKS):
+        raise UsageError(f"{args.readme} lacks the marks {' and '.join(MARKS)}")
+    args.readme.write_text(with_table(text))
+    return 0
+
+
+def with_table(text: str) -> str:
+    """A text with the table between its marks."""
+    before, rest = text.split(MARKS[0], 1)
+    after = rest.split(MARKS[1], 1)[1]
+    return f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
+
+
+@cache
+def table() -> str:
+    rows = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    rows += [row(name, cls) for name, cls in sorted(optimizers().items(), key=lambda item: item[1].__name__.lower())]
+    return "\n".join(rows)
+
+
+def row(name: str, cls: type) -> str:
+    names, costs = states_and_costs(cls)
+    reduces = {None: "", "gradient": "norms of gradient and parameter", "update": "norms of update and parameter"}
+    opt = cls([torch.zeros(SIDE, SIDE)])
+    reductions = "rows and columns" if cls.needs_shapes else reduces[cls.rule_for(opt.param_groups[0]).trust_on]
+    cells = [
+        f"`{cls.__name__}`", f"`{name}`", ", ".join(f"`{n}`" for n in names), ", ".join(costs), reductions or "none",
+        "yes" if takes_projections(cls) else "no", source(cls),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def states_and_costs(cls: type) -> tuple[list[str], list[str]]:
+    """Names of the states of a matrix under the default options, and their bytes per element by format."""
+    names: list[str] = []
+    costs = []
+    for form in FORMATS:
+        p = torch.zeros(SIDE, SIDE, requires_grad=True)
+        opt = cls([p], state_format=form, backend="reference")
+        opt.plan()
+        names = names or [n for n, t in opt.state[p].items() if isinstance(t, torch.Tensor) and n != "step"]
+        costs.append(f"{state_bytes(opt) / p.numel():.3g}")
+    return names, costs[:1] if len(set(costs)) == 1 else costs
+
+
+def takes_projections(cls: type) -> bool:
+    try:
+        cls([torch.zeros(SIDE, SIDE)], projection=GaLore(rank=4))
+    except ValueError:
+        return False
+    return True
+
+
+def source(cls: type) -> str:
+    """The paper that a class's docstring names, without what is said of the implementation."""
+    found = re.search(r"Source: (.+?)(?:, (?:as|with|which)\b|;|\(|\.?\n\n|\.?$)", inspect.getdoc(cls), re.DOTALL)
+    if found is None:
+        raise ValueError(f"the docstring of {cls.__name__} has no source")
+    return " ".join(found.group(1).split()).rstrip(".")
