@@ -26,6 +26,7 @@ from bench import (  # noqa: E402  # noqa: E402
     plot,
     providers,
     release,
+    rules,
     run,
 )
 
@@ -457,6 +458,21 @@ def test_lowrank_quick_run(tmp_path, capsys):
     plain, early = parts["linear"]
     assert plain["peak_bytes"] > plain["gradient_bytes"] and plain["peak_bytes"] > early["peak_bytes"] > 0
     assert parts["linear"][1]["gradient_bytes"] * 8 == parts["linear"][0]["gradient_bytes"]
+
+
+def test_rules_quick_run(tmp_path, capsys):
+    """Runs are added to those of an earlier call; a rule whose loss has not fallen is said so."""
+    argv = ["rules", "--quick", "--out", str(tmp_path), "--only"]
+    assert entry.main([*argv, "adamw"]) == 0 and entry.main([*argv, "lion", "microadam"]) == 0
+    document = json.loads((tmp_path / "rules.json").read_text())
+    assert sorted(document["rules"]) == ["adamw", "lion", "microadam"]
+    record = document["rules"]["adamw"]
+    assert record["lr"] == 1e-3 and record["held_out"][-1][1] < record["start"] and record["fell"]
+    assert len(record["losses"]) == document["size"]["steps"]
+    assert "AdamW" in capsys.readouterr().out and (tmp_path / "rules.png").stat().st_size > 10_000
+    record["held_out"][-1][1] = record["start"]
+    rules.judge(document["rules"])
+    assert not record["fell"] and "(has not fallen)" in rules.report(document)
 
 
 def test_release_quick_run(tmp_path, capsys):
