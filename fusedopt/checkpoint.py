@@ -40,6 +40,8 @@ def to_torch(opt, native: dict) -> dict:
                 f"{describe(type(opt).__name__, index, indices[index][0])}: its states are projected and have no torch.optim "
                 "form. Use state_dict()."
             )
+        for name, number in rule.derived.items():
+            converted[name] = torch.as_tensor(number(group, float(entry["step"])), dtype=_step_dtype()).view(())
         for state in rule.states:
             if state.name in entry:
                 converted[state.name] = _decoded(indices[index][0], entry, state)
@@ -224,7 +226,7 @@ def _take_kept(
 def _others(rule, entry: dict, kept) -> list[str]:
     """Tensors that belong to no state of the rule: another optimizer's."""
     scales = [name for state in rule.state_names for name in st.scale_names(state)]
-    known = {"step", *rule.state_names, *scales, *COMPANIONS, *kept}
+    known = {"step", *rule.state_names, *rule.derived, *scales, *COMPANIONS, *kept}
     return [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k not in known]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -39,6 +39,7 @@ class Rule:
     trust_on: what the trust ratio scales: None, "gradient" (after coupled decay) or "update".
     step_size(h, step): what multiplies u; the learning rate where there is none. decay(h, step): the share of the parameter
         that decoupled decay takes; lr * weight_decay where there is none. Both under the conditions of `scalars`.
+    derived: numbers that the torch.optim class of the rule keeps in its state and that follow from h and the step count here.
     internal: a building block of projections that no optimizer class steps by itself.
     """
 
@@ -53,6 +54,7 @@ class Rule:
     trust_on: str | None = None
     step_size: Callable[[Mapping[str, Any], Any], Any] | None = None
     decay: Callable[[Mapping[str, Any], Any], Any] | None = None
+    derived: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = field(default_factory=dict)
     internal: bool = False
 
     @property

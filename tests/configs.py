@@ -41,6 +41,7 @@ CONFIGS = [
     Config("adam", "adam", {"lr": 0.02, "weight_decay": 0.1}, torch.optim.Adam),
     Config("adamw", "adamw", {"lr": 0.02, "weight_decay": 0.1}, torch.optim.AdamW),
     Config("adamw_amsgrad", "adamw", {"lr": 0.02, "amsgrad": True}, torch.optim.AdamW),
+    Config("nadam", "nadam", {"lr": 0.02, "weight_decay": 0.1}, torch.optim.NAdam),
     Config("lion", "lion", {"lr": 0.01, "weight_decay": 0.1}),
     Config("lars", "lars", {"lr": 0.3, "weight_decay": 0.01, "trust_coefficient": 0.05}),
     Config("lars_plain", "lars", {"lr": 0.3, "momentum": 0.0, "weight_decay": 0.01, "trust_coefficient": 0.05}),

@@ -48,6 +48,7 @@ HYPER = {
     "clip_exponent": 0.25,
     "beta3_warmup": None,
     "alpha_warmup": None,
+    "momentum_decay": 0.3,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -79,6 +79,7 @@ def test_schedulers_and_groups_equal_torch(config, backend):
     opts = [config.make(_groups(mine), backend=backend), config.make_torch(_groups(theirs))]
     seen = set()
     cycles = "momentum" in config.options or "betas" in opts[0].defaults
+    cycles &= config.name != "nadam"  # its product of all mu so far is that of the present betas
     schedulers = [
         lr_scheduler.OneCycleLR(o, max_lr=[0.03, 0.01], total_steps=12, cycle_momentum=cycles, base_momentum=0.7)
         for o in opts

@@ -13,7 +13,9 @@ from oracles.lamb import LAMB
 from oracles.lars import LARS
 
 import fusedopt
+from fusedopt.conversion import Conversion, convert
 from fusedopt.rule import get_rule, list_rules, optimizers
+from fusedopt.rules import nadam
 
 STEPS = 14
 SHAPES = ((7, 5), (5,), (3, 4, 2, 2), ())
@@ -91,6 +93,17 @@ def package(name: str, **fixed):
     return make
 
 
+class NAdam(torch.optim.NAdam):
+    """torch keeps the product of mu in the default dtype."""
+
+    def step(self):
+        torch.set_default_dtype(torch.float64)
+        try:
+            super().step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 ADAPTIVE = {"lr": [0.02], "betas": BETAS}
 
 # optimizer class -> (oracle, cases)
@@ -133,6 +146,11 @@ ORACLES = {
         combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
     "radam": (torch.optim.RAdam, combine(**ADAPTIVE, eps=[1e-8, 1e-3], **DECAYS) + [{"lr": 0.02, "maximize": True}]),
+    "nadam": (
+        NAdam,
+        combine(**ADAPTIVE, eps=[1e-8, 1e-3], momentum_decay=[4e-3, 0.7, 0.0], **DECAYS)
+        + [{"lr": 0.02, "maximize": True}],
+    ),
     "adabelief": (
         package("AdaBelief"),
         combine(**ADAPTIVE, eps=[1e-16, 1e-6], rectify=[False, True], amsgrad=[False, True], **DECAYS)
@@ -291,6 +309,39 @@ def test_transcription_matches_package(name, theirs):
         two.step()
     for x, y in zip(a, b, strict=True):
         assert relative_error(x.detach(), y.detach()) <= 1e-9
+
+
+@pytest.mark.parametrize("momentum_decay", [0.0, 1e-6, 4e-3, 0.5, 50.0])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_nadam_product_in_closed_form(momentum_decay, on_device):
+    h = {"betas": (0.999, 0.99), "momentum_decay": momentum_decay}
+    product = 1.0
+    for step in range(1, 2001):
+        product *= 0.999 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+        if step in (1, 2, 10, 300, 2000):
+            count = torch.tensor(float(step), dtype=torch.float64) if on_device else step
+            assert float(nadam.mu_product(h, count)) == pytest.approx(product, rel=1e-11, abs=1e-300)
+
+
+def test_nadam_product_goes_to_torch_and_is_read_over():
+    """mu_product is computed for torch's state dict, also by convert, and those of torch load without it."""
+    mine, theirs = make_params(), make_params()
+    opt, other = fusedopt.NAdam(mine, backend="reference"), torch.optim.NAdam(theirs)
+    for step in range(5):
+        set_grads(mine, step)
+        set_grads(theirs, step)
+        opt.step()
+        other.step()
+    exported = opt.state_dict(format="torch")
+    converted = Conversion(opt.state_dict(), "fp32", to="torch").result()
+    for index, entry in other.state_dict()["state"].items():
+        for made in (exported, converted):
+            assert made["state"][index].keys() == entry.keys()
+            torch.testing.assert_close(made["state"][index]["mu_product"], entry["mu_product"], rtol=1e-6, atol=0)
+    native = convert(other.state_dict(), "int8", min_quantized_numel=0)
+    assert "mu_product" not in native["state"][0]
+    opt.load_state_dict(native)
+    other.load_state_dict(exported)
 
 
 def test_lion_sign_of_zero_is_zero():

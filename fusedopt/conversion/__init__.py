@@ -14,6 +14,7 @@ from fusedopt.conversion import foreign
 from fusedopt.conversion.piece import Piece, signs
 from fusedopt.formats import FP32, Format, get_format
 from fusedopt.precision import COMPANIONS
+from fusedopt.rule import get_rule, list_rules
 
 log = logging.getLogger("fusedopt")
 
@@ -94,7 +95,10 @@ class Conversion:
         state = native["state"]
         if self.to == "torch":
             groups = [{k: v for k, v in g.items() if k not in st.OWN_OPTIONS} for g in groups]
-            state = {key: _torch_entry(e) if isinstance(e, dict) else e for key, e in state.items()}
+            owners = {key: group for group in groups for key in group["params"]}
+            state = {
+                key: _torch_entry(e, owners.get(key, {})) if isinstance(e, dict) else e for key, e in state.items()
+            }
         elif self._format is not None:
             for group in groups:
                 group["state_format"] = deepcopy(self._format)
@@ -153,8 +157,15 @@ class Conversion:
         return self.layout
 
 
-def _torch_entry(entry: dict) -> dict:
+def _torch_entry(entry: dict, group: dict) -> dict:
     out = {k: v for k, v in entry.items() if k not in COMPANIONS}
+    for rule in map(get_rule, list_rules()):
+        if rule.derived and set(rule.state_names) <= entry.keys():
+            try:
+                numbers = {name: number(group, float(entry["step"])) for name, number in rule.derived.items()}
+            except KeyError:  # a group without the rule's hyperparameters: another one with the same states
+                continue
+            out |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
     if "momentum_buffer" in out:  # torch.optim.SGD counts no steps
         out.pop("step", None)
     return out

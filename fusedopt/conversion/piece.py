@@ -32,6 +32,11 @@ def signs() -> dict[str, bool]:
     return out
 
 
+def derived() -> set[str]:
+    """Numbers of torch.optim's state dicts that rules compute from the step count: read over, and written for torch alone."""
+    return {name for rule in map(get_rule, list_rules()) for name in rule.derived}
+
+
 @dataclass
 class Shape:
     """The parameter behind an entry, as far as its states tell."""
@@ -94,7 +99,8 @@ class Piece:
     ):
         """asked(name, numel, present format): the format a state shall have. lossy: second moments of zero may have been
         larger; their first moments become zero. contiguous: elements in the order of their indices, whatever the layout."""
-        self.what, self.entry = what, {k: v for k, v in entry.items() if v is not None}
+        computed = derived()
+        self.what, self.entry = what, {k: v for k, v in entry.items() if v is not None and k not in computed}
         self.signs = signs()
         self.names = [name for name in self.entry if name in self.signs]
         self._refuse_others()
