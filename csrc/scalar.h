@@ -69,6 +69,16 @@ FO_HD float exp_of_negative(float x) {
   return poly * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
+// The cube root of x >= 0, within 2 ulp; zero below 2e-38. A first guess from the exponent (within 4 %), then Halley twice.
+FO_HD float cube_root(float x) {
+  float y = from_bits(static_cast<uint32_t>(static_cast<int32_t>(static_cast<float>(static_cast<int32_t>(bits(x))) * 0.333333333f) + 709921077));
+  float cube = y * y * y;
+  y = y * div(cube + 2.f * x, 2.f * cube + x);
+  cube = y * y * y;
+  y = y * div(cube + 2.f * x, 2.f * cube + x);
+  return x >= 2e-38f ? y : x * 0.f;  // NaN stays NaN
+}
+
 FO_HD uint32_t magnitude(float x) { return bits(x) & 0x7FFFFFFFu; }
 
 }  // namespace fo

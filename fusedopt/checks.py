@@ -85,6 +85,16 @@ def check_layout(
         )
 
 
+def check_positions(name: str, index: int, p: torch.Tensor, rule, projection) -> None:
+    """Raises RuntimeError where a rule that steps points beside the parameter is given a projection or an int8 weight."""
+    if rule.has_positions and projection is not None:
+        points = ", ".join(state.name for state in rule.states if state.position is not None)
+        raise RuntimeError(
+            f"{describe(name, index, p)} is projected or an int8 weight, and {name} steps {points} beside the parameter. Use a "
+            "rule of moments (AdamW), or a floating-point parameter without projection."
+        )
+
+
 def check_projected(name: str, decay_mode: str, index: int, p: torch.Tensor, group: dict) -> None:
     """Raises RuntimeError for what a projected parameter cannot have."""
     if decay_mode == "coupled" and group["weight_decay"] != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedopt.abi import Phase
+from fusedopt.rule import get_rule
 from fusedopt.states import option_overrides
 
 
@@ -136,6 +137,8 @@ class PlanReport:
                 f"{'' if b['aligned'] else ', not 16-byte aligned'}; phases {'+'.join(b['phases'])}, {b['bytes'] / 1e6:.3f} MB"
             )
             lines += [f"    not {reason}" for reason in b["reasons"]]
+            if wide := [state.name for state in get_rule(b["rule"]).states if state.wide]:
+                lines.append(f"    {', '.join(wide)}: fp32 in every state_format, others round small increments away")
         lines += [
             f"  {o['device']} {o['backend']}: {o['name']}, one for each of {o['count']} tensors, {o['elements']} elements; "
             f"{o['bytes'] / 1e6:.3f} MB"

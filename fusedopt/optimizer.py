@@ -112,7 +112,17 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         """Adds a group of parameters. Raises ValueError for a projection that the rule cannot have."""
         if isinstance(param_group, dict):
             self._check_projection({**self.defaults, **param_group})
+            self._check_formats({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def _check_formats(self, group: dict) -> None:
+        rule, chosen = self.rule_for(group), group["state_format"]
+        for state in rule.states if isinstance(chosen, dict) else ():
+            if state.wide and chosen.get(state.name, "fp32") != "fp32":
+                form = chosen[state.name]
+                raise ValueError(
+                    f"{type(self).__name__}: {st.WIDE.format(rule=rule.name, state=state.name, form=form)}"
+                )
 
     def _check_projection(self, group: dict) -> None:
         st.check_projection(group["projection"])
@@ -121,6 +131,10 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self.rule_for(group).trust_on:
             raise ValueError(
                 f"{type(self).__name__}: its trust ratio needs the full update, so it takes no projection. Use AdamW."
+            )
+        if self.rule_for(group).has_positions:
+            raise ValueError(
+                f"{type(self).__name__}: it steps points beside the parameter, so it takes no projection. Use AdamW."
             )
         group["projection"].rule_for(self.rule_for(group))
 
@@ -266,6 +280,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
                 st.allocate(like, entry, state, form)
                 if state.initial is not None and (value := state.initial(group)):
                     st.store(like, entry, state, form, torch.full((), value, dtype=torch.float64, device=like.device))
+                if state.position is not None:
+                    st.store(like, entry, state, form, masters.weights(p, entry) * state.position(group))
         if projection is not None:
             for name, (shape, dtype) in projection.tensors(p).items():
                 if name not in entry:

@@ -17,7 +17,15 @@ from fusedopt.abi import Phase
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.bucket import Bucket, Slot
-from fusedopt.checks import check_layout, check_parameter, check_precision, check_projected, check_quantized, describe
+from fusedopt.checks import (
+    check_layout,
+    check_parameter,
+    check_positions,
+    check_precision,
+    check_projected,
+    check_quantized,
+    describe,
+)
 from fusedopt.distributed import (
     MeshSums,
     check_partition,
@@ -275,6 +283,7 @@ class Plan:
             low_rank = opt._low_rank is not None and opt._low_rank.of(p) is not None
             check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
             check_precision(type(opt).__name__, tensor_id, p, group)
+            check_positions(type(opt).__name__, tensor_id, p, opt.rule_for(group), opt.projection_for(p, group))
             if owner := partition_of(p):
                 check_partition(opt, describe(type(opt).__name__, tensor_id, p), owner, group)
             if is_dtensor(p):

@@ -19,11 +19,19 @@ class State:
 
     signed: the 8-bit map it takes: True for first moments, False for second moments (never negative).
     initial(h): what every element is at the start, from the group's hyperparameters; zero where there is none.
+    position(h): the share of the parameter that the state starts as. It is then a point beside the parameter, and stays wide.
+    wide: kept in fp32 under every state_format: a sum or a point, whose increments a narrow format would round away.
     """
 
     name: str
     signed: bool = True
     initial: Callable[[Mapping[str, Any]], float] | None = None
+    position: Callable[[Mapping[str, Any]], float] | None = None
+    wide: bool = False
+
+    def __post_init__(self):
+        if self.position is not None:
+            object.__setattr__(self, "wide", True)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class Rule:
     @property
     def state_names(self) -> tuple[str, ...]:
         return tuple(state.name for state in self.states)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether it steps points beside the parameter. Its direction then reads the parameter, which a projection lacks."""
+        return any(state.position is not None for state in self.states)
 
     def named_scalars(self, h: Mapping[str, Any], step) -> dict[str, Any]:
         return dict(zip(self.scalar_names, self.scalars(h, step), strict=True))

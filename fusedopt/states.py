@@ -15,6 +15,10 @@ from fusedopt.rule import Rule, State
 
 STORAGE_OPTIONS = ("state_format", "param_precision", "projection", "min_quantized_numel")
 OVERRIDABLE = ("state_format", "param_precision", "projection")
+WIDE = (
+    "state_format: {state!r} of rule {rule!r} stays in fp32, since {form!r} would round its small increments away. "
+    "Leave it out of the dict."
+)
 OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
 
 
@@ -68,12 +72,17 @@ def configured_formats(
     """The format of each state of a rule for a parameter: its override, else the group's, small tensors fp32.
 
     likes: for each state a tensor of its shape, where that is not the parameter's (a projection).
+    Raises ValueError for a narrow format that is given to a wide state by its name; under one for all it stays fp32.
     """
     chosen = option_overrides(p).get("state_format", group["state_format"])
     formats = []
     for i, state in enumerate(rule.states):
         name = chosen.get(state.name, "fp32") if isinstance(chosen, dict) else chosen
         form = get_format(name)
+        if state.wide and form is not FP32:
+            if isinstance(chosen, dict):
+                raise ValueError(WIDE.format(rule=rule.name, state=state.name, form=name))
+            form = FP32
         numel = p.numel() if likes is None else likes[i].numel()
         if form.block and numel < group["min_quantized_numel"] or p.dtype == torch.float64:
             form = FP32

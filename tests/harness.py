@@ -49,6 +49,10 @@ HYPER = {
     "beta3_warmup": None,
     "alpha_warmup": None,
     "momentum_decay": 0.3,
+    "beta": 0.9,
+    "sigma": 0.99,
+    "warmup_steps": 5,
+    "weight_lr_power": 2.0,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {
@@ -62,6 +66,7 @@ RATIOS = {
     ("rmsprop_momentum", "momentum_buffer"),
     ("rmsprop_centered_momentum", "momentum_buffer"),
     ("adopt", "exp_avg"),
+    ("opt_amsgrad", "anchor"),
 }
 TERMS = {"exadam": 2}  # quotients that a direction is the sum of, where they are more than one
 DECAY = {"adam": "decoupled", "lion": "decoupled", "lamb": "rule"}

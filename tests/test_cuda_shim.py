@@ -56,7 +56,7 @@ MIXES = (("int8", "bf16", "fp32"), ("int4", "int8c", "bf16_stochastic"), ("bf16"
 
 
 def mixed(rule: str, which: int = 0) -> tuple[str, ...]:
-    return MIXES[which][: len(get_rule(rule).states)]
+    return (MIXES[which] + MIXES[which])[: len(get_rule(rule).states)]
 
 
 # With beta1 = 0.9 and bf16 tensors Lion's sum hits exact zeros, whose sign rounding decides.

@@ -59,6 +59,21 @@ def elementwise_rules():
         assert_pairs_equal(cls, state_format="bf16", backend="reference", **options)
 
 
+def points_beside_the_parameter():
+    """States that start as the shard's share of the parameter, and the way to the average and back."""
+    for cls in (fusedopt.MADGRAD, fusedopt.INNAprop, fusedopt.OptAMSGrad, fusedopt.ScheduleFreeAdamW):
+        assert_pairs_equal(cls, lr=0.01, weight_decay=0.1)
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"param_precision": "split32"})):
+        both = pair(fusedopt.ScheduleFreeSGD, dtype, lr=0.01, **options)
+        for _, opt in both:
+            opt.eval()
+        assert_equal(*(weights(model) for model, _ in both), "at the average")
+        for model, opt in both:
+            opt.train()
+            train(model, opt, STEPS, STEPS + 2)
+        assert_equal(*(contents(model, opt) for model, opt in both), "trained on")
+
+
 def starts_on_octets(p: torch.nn.Parameter, processes: int) -> bool:
     """Whether every shard along the first dimension begins at a multiple of 8 elements."""
     row = p.numel() // p.shape[0]
@@ -350,7 +365,7 @@ CHECKS = [
     coded_states, trust_ratios, clipping, norms_as_functions, refusals, scaler_agrees_on_overflow,
     parameters_switched_before_the_first_step, plans_are_kept_and_explain, fp32_weights,
     random_bits_differ_between_columns_of_shards, tensor_parallel, metrics_are_those_of_the_whole,
-    single_parameters_are_not_stepped,
+    single_parameters_are_not_stepped, points_beside_the_parameter,
 ]  # fmt: skip
 
 

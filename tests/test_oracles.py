@@ -183,6 +183,29 @@ ORACLES = {
         elementwise.Grams,
         combine(**ADAPTIVE, eps=[1e-6, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
+    "madgrad": (
+        package("MADGRAD"),
+        combine(lr=[0.02], momentum=[0.9, 0.0], eps=[1e-6, 0.0], **DECAYS) + [{"lr": 0.02, "maximize": True}],
+    ),
+    "innaprop": (
+        elementwise.INNAprop,
+        combine(lr=[0.02, 0.3], alpha=[0.1, 2.0], beta=[0.9, 2.0], sigma=[0.99, 0.6], weight_decay=[0.0, 0.1])
+        + [{"lr": 0.02, "weight_decay": 0.1, "maximize": True}],
+    ),
+    "opt_amsgrad": (
+        elementwise.OptAMSGrad,
+        combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "schedulefree_sgd": (
+        elementwise.ScheduleFree,
+        combine(lr=[0.3], momentum=[0.9, 0.5], weight_decay=[0.0, 0.1], warmup_steps=[0, 5], weight_lr_power=[2.0, 1.0])
+        + [{"lr": 0.3, "maximize": True}],
+    ),
+    "schedulefree_adamw": (
+        elementwise.ScheduleFreeAdamW,
+        combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], warmup_steps=[0, 5])
+        + [{"lr": 0.02, "maximize": True}],
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [
@@ -293,6 +316,49 @@ def test_transcription_matches_timm(name):
             two.step()
         for x, y in zip(a, b, strict=True):
             assert relative_error(x.detach(), y.detach()) <= 1e-9, options
+
+
+SCHEDULE_FREE = [("schedulefree_sgd", "ScheduleFreeSGD"), ("schedulefree_adamw", "ScheduleFreeAdamW")]
+
+
+@pytest.mark.parametrize("name, theirs", SCHEDULE_FREE)
+def test_schedule_free_matches_package(name, theirs):
+    """Both points of the parameter, in training and in evaluation; the package adds 1e-15 to v, and rounds it in its square."""
+    mine, others = make_params(), make_params()
+    options = {"lr": 0.02, "weight_decay": 0.1, "warmup_steps": 4}
+    opt, other = optimizers()[name](mine, backend="reference", **options), package(theirs)(others, **options)
+    for step in range(12):
+        if step in (3, 11):
+            for o in (opt, other):
+                o.eval()
+            for a, b in zip(mine, others, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+            for o in (opt, other):
+                o.train()
+        set_grads(mine, step)
+        set_grads(others, step)
+        opt.step()
+        other.step()
+    for a, b in zip(mine, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["schedulefree_sgd", "schedulefree_adamw"])
+def test_schedule_free_evaluates_at_the_average(name):
+    mine, theirs = make_params(), make_params()
+    options = {"lr": 0.02, "weight_decay": 0.1, "warmup_steps": 3}
+    opt, other = optimizers()[name](mine, backend="reference", **options), ORACLES[name][0](theirs, **options)
+    for step in range(STEPS):
+        set_grads(mine, step)
+        set_grads(theirs, step)
+        opt.step()
+        other.step()
+    opt.eval()
+    for a, state in zip(mine, other.states, strict=True):
+        assert relative_error(a.detach(), state["x"]) <= 1e-12
+    set_grads(mine, 0)
+    with pytest.raises(RuntimeError, match=r"optimizer.train\(\) before"):
+        opt.step()
 
 
 @pytest.mark.parametrize("name, theirs", [("ademamix", "AdEMAMix"), ("exadam", "EXAdam")])

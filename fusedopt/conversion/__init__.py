@@ -11,7 +11,7 @@ import torch
 
 from fusedopt import states as st
 from fusedopt.conversion import foreign
-from fusedopt.conversion.piece import Piece, signs
+from fusedopt.conversion.piece import Piece, signs, wide
 from fusedopt.formats import FP32, Format, get_format
 from fusedopt.precision import COMPANIONS
 from fusedopt.rule import get_rule, list_rules
@@ -56,7 +56,7 @@ class Conversion:
             state_dict = foreign.adopt(state_dict, *foreign.resolve(optimizer, state_dict))
         else:
             state_dict = foreign.adopt(state_dict, None, None)
-        self._format, self._smallest, self.to = state_format, min_quantized_numel, to
+        self._format, self._smallest, self.to, self._wide = state_format, min_quantized_numel, to, wide()
         self.pieces: dict = {}
         entries: dict = {}
         for key, entry in state_dict["state"].items():
@@ -85,6 +85,8 @@ class Conversion:
         chosen = self._format
         if chosen is None:
             return present
+        if name in self._wide:
+            return FP32
         form = get_format(chosen.get(name, "fp32") if isinstance(chosen, dict) else chosen)
         return FP32 if form.block and numel < self._smallest else form
 

@@ -32,6 +32,11 @@ def signs() -> dict[str, bool]:
     return out
 
 
+def wide() -> set[str]:
+    """States that are fp32 in every format."""
+    return {state.name for rule in map(get_rule, list_rules()) for state in rule.states if state.wide}
+
+
 def derived() -> set[str]:
     """Numbers of torch.optim's state dicts that rules compute from the step count: read over, and written for torch alone."""
     return {name for rule in map(get_rule, list_rules()) for name in rule.derived}

@@ -42,7 +42,8 @@ def full_entry(opt, index: int, p: torch.Tensor, group: dict) -> dict:
     precision = configured_precision(p, group)
     home = p
     if p.device.type != "cpu":
-        home = host_copy(p, values=bool(precision.companion) and precision.companion not in kept)
+        begins = any(s.position is not None and s.name not in kept for s in opt.kept_rule(p, group).states)
+        home = host_copy(p, values=begins or bool(precision.companion) and precision.companion not in kept)
     view = shadow(opt, opt.param_groups)
     if kept:
         view.state[home] = kept

@@ -150,3 +150,72 @@ class AdEMAMix(Transcription):
             b3 = math.pow(0.5, 1 / (life + 1))
         fast, slow, v = ema(state, "fast", g, b1), ema(state, "slow", g, b3), ema(state, "v", g * g, b2)
         return theta - self.lr * (fast / (1 - b1**t) + alpha * slow) / ((v / (1 - b2**t)).sqrt() + self.eps)
+
+
+class INNAprop(Transcription):
+    """arXiv 2410.05871, algorithm 1."""
+
+    alpha, beta, sigma, eps = 0.1, 0.9, 0.999, 1e-8
+
+    def step(self):
+        for p, state in zip(self.params, self.states, strict=True):
+            state.setdefault("psi", (1 - self.alpha * self.beta) * p.detach())
+        super().step()
+
+    def update(self, theta, g, t, state):
+        a, b, lr = self.alpha, self.beta, self.lr
+        root = (ema(state, "v", g * g, self.sigma) / (1 - self.sigma**t)).sqrt() + self.eps
+        psi = state["psi"] = (1 - lr / b) * state["psi"] + lr * (1 / b - a) * theta
+        return (1 + lr * (1 - a * b) / (b - lr)) * theta - lr / (b - lr) * psi - lr * b * g / root
+
+
+class OptAMSGrad(Transcription):
+    """arXiv 1903.01435, algorithm 2; the prediction of the next gradient is the last one."""
+
+    decay = "l2"
+    betas, eps = (0.9, 0.999), 1e-8
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        w = state.get("w", theta)
+        m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+        v_max = state["v_max"] = torch.max(state.get("v_max", torch.zeros_like(v)), v)
+        w = state["w"] = w - self.lr * m / (v_max.sqrt() + self.eps)
+        h = b1 * m + (1 - b1) * g
+        return w - self.lr * h / (v_max.sqrt() + self.eps)
+
+
+class ScheduleFree(Transcription):
+    """arXiv 2405.15682, equations 3 to 5 with the weights of algorithm 1; the parameter is y."""
+
+    decay = "rule"
+    momentum, warmup_steps, weight_lr_power, betas, total, weight = 0.9, 0, 2.0, None, 0.0, 0.0
+
+    def step(self):
+        self.rate = self.lr * min((self.t + 1) / max(self.warmup_steps, 1), 1)
+        self.weight = self.rate**self.weight_lr_power
+        self.total += self.weight
+        super().step()
+
+    def decays(self):
+        return False
+
+    def scaled(self, g, t, state):
+        return g
+
+    def update(self, theta, g, t, state):
+        beta, c = self.betas[0] if self.betas else self.momentum, self.weight / self.total
+        x, z = state.get("x", theta), state.get("z", theta)
+        z = state["z"] = z - self.rate * (self.scaled(g, t, state) + self.wd * theta)
+        x = state["x"] = (1 - c) * x + c * z
+        return (1 - beta) * z + beta * x
+
+
+class ScheduleFreeAdamW(ScheduleFree):
+    """The same on gradients scaled as in Adam, with its bias correction."""
+
+    betas, eps = (0.9, 0.999), 1e-8
+
+    def scaled(self, g, t, state):
+        v = ema(state, "v", g * g, self.betas[1])
+        return g / ((v / (1 - self.betas[1] ** t)).sqrt() + self.eps)
