@@ -28,16 +28,19 @@ from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
 from fusedopt.state_files import export_states, import_states
 from fusedopt.states import override, state_bytes
+from fusedopt.transforms import TRANSFORMS, list_transforms
 from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
+globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...
 
 __version__ = "0.1.0"
 
 __all__ = [
     *(cls.__name__ for cls in _rule.optimizers().values()),
+    *(cls.__name__ for cls in TRANSFORMS),
     "DCT",
     "Apollo",
     "ApolloMini",
@@ -63,6 +66,7 @@ __all__ = [
     "list_precisions",
     "list_projections",
     "list_rules",
+    "list_transforms",
     "load_checkpoint",
     "offload",
     "override",

@@ -18,6 +18,8 @@ from fusedopt.memory import empty_like, flat, strides_match
 from fusedopt.precision import COMPANIONS, companion_dtypes
 from fusedopt.projections.base import states_like
 from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
+from fusedopt.transforms import TRANSFORMS
+from fusedopt.transforms import base as transforms
 
 __all__ = ["convert", "prepare", "to_bitsandbytes", "to_torch"]
 
@@ -79,11 +81,11 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     kept = {} if projection is None else projection.tensors(p)
     likes = states_like(p, projection, rule)
     formats = st.configured_formats(p, group, rule, likes)  # by the size of the whole, on every process the same
-    if _others(rule, entry, kept) or missing and (present or stepped):
+    transformed = transforms.tensors_of(opt, p, group)
+    if _others(rule, entry, {**kept, **transformed}) or missing and (present or stepped):
         raise ValueError(
             f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps "
-            f"{[*rule.state_names, *kept]}. "
-            "Load a state dict of the same optimizer."
+            f"{[*rule.state_names, *kept, *transformed]}. Load a state dict of the same optimizer{_and_transforms(entry)}."
         )
     out: dict = {}
     owner = p
@@ -102,6 +104,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
             _take(like, out, entry, state, form)
     _take_kept(what, p, kept, () if projection is None else projection.on_host(), entry, out, stepped)
     _take_companion(what, owner, p, group, entry, out)
+    transforms.take(opt, what, p, group, entry, out)
     return out.stored if isinstance(out, LocalEntry) else out
 
 
@@ -228,6 +231,12 @@ def _others(rule, entry: dict, kept) -> list[str]:
     scales = [name for state in rule.state_names for name in st.scale_names(state)]
     known = {"step", *rule.state_names, *rule.derived, *scales, *COMPANIONS, *kept}
     return [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k not in known]
+
+
+def _and_transforms(entry: dict) -> str:
+    """What to say of a loaded entry that has states of gradient transforms."""
+    found = [t.__name__ for t in TRANSFORMS if t.owns(entry)]
+    return f", with gradient_transforms={' and '.join(found)}" if found else ""
 
 
 def _step_dtype() -> torch.dtype:

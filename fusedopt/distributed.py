@@ -196,7 +196,8 @@ class Loader:
         signs = {state.name: state.signed for state in rule.states}
         out = {}
         for name, value in self.entry.items():
-            if not isinstance(value, torch.Tensor) or name == "step" or scale_format(name) is not None:
+            one = isinstance(value, torch.Tensor) and not value.dim() and self.p.dim()  # a count
+            if not isinstance(value, torch.Tensor) or name == "step" or one or scale_format(name) is not None:
                 if scale_format(name) is None:
                     out[name] = value
                 continue

@@ -129,6 +129,10 @@ class PlanReport:
         alone = sum(o["count"] for o in self.operations)
         more = f" and {alone} operations of single tensors" if alone else ""
         lines = [f"{self._name}: {self.launches} launches{more}, {self.bytes / 1e6:.3f} MB per step"]
+        transforms = self._plan.opt.gradient_transforms
+        if transforms:
+            listed = ", ".join(map(repr, transforms))
+            lines.append(f"  before these, gradients are copied to fp32 and changed by {listed}; not counted here")
         for b in self.buckets:
             formats = ", ".join(f"{k} {v}" for k, v in b["formats"].items()) or "no states"
             lines.append(

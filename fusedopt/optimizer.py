@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from fusedopt.projections.base import Projection, configured, places, states_lik
 from fusedopt.projections.lowrank import LowRankGradients
 from fusedopt.projections.quantized import UNPROJECTED
 from fusedopt.rule import Rule
+from fusedopt.transforms import base as transforms
 from fusedopt.weights import Int8Weight
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         seed: of the stochastic rounding. Per group.
         clip_grad_norm: clip the global gradient norm to this value inside the step; `grad_norm` holds the norm. A 1-element tensor
             is read at every step, also by a captured CUDA graph.
+        gradient_transforms: maps of the gradients before the step, in order, e.g. [OrthoGrad()]; see fusedopt.transforms. Not of
+            groups with transform_gradients=False.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the best that can.
         amp_fused: take GradScaler's scale and found_inf into the step (no host synchronisation).
         maximize, capturable, differentiable, foreach, fused: as in torch.optim. foreach changes nothing;
@@ -69,6 +72,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         min_quantized_numel: int = 4096,
         seed: int = 0,
         clip_grad_norm: float | torch.Tensor | None = None,
+        gradient_transforms: Sequence[transforms.Transform] = (),
         backend: str | None = None,
         amp_fused: bool = False,
         maximize: bool = False,
@@ -90,6 +94,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self.clip_grad_norm = clip_grad_norm
+        self.gradient_transforms = transforms.check(type(self).__name__, gradient_transforms, differentiable)
         self.backend = backend
         self.amp_fused = amp_fused
         defaults = {
@@ -180,6 +185,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
     _parts: Parts | None = None  # plans of some of the parameters: gradient release, step_parameter
     _release: ReleasedGradients | None = None
     _watchers: tuple = ()  # metrics and checks of numerics: see fusedopt.metrics
+    gradient_transforms: tuple[transforms.Transform, ...] = ()
     offloading: Offloading | None = None  # how states are offloaded (fusedopt.offload)
     _offload: Engine | None = None
     _lost_updates: LostUpdates | None = None
@@ -245,12 +251,18 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         asked = select.requested(self.backend_for_step())
         clip = self.clip_grad_norm
         clip = id(clip) if isinstance(clip, torch.Tensor) else clip
-        out: list = [asked, clip, None if self._low_rank is None else self._low_rank.signature()]
+        out: list = [
+            asked,
+            clip,
+            self.gradient_transforms,
+            None if self._low_rank is None else self._low_rank.signature(),
+        ]
         for g in self.param_groups if groups is None else groups:
             formats = g["state_format"]
             out.append((
                 self.rule_for(g).name, self.decay_mode_for(g), g["capturable"], g["param_precision"], g["min_quantized_numel"],
                 tuple(formats.items()) if isinstance(formats, dict) else formats, len(g["params"]), g["projection"],
+                g.get("transform_gradients", True),
             ))  # fmt: skip
         return tuple(out)
 
@@ -288,6 +300,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
                     device = "cpu" if name in projection.on_host() else p.device
                     entry[name] = torch.zeros(shape, dtype=dtype, device=device)
         masters.bind(p, entry, precision)
+        transforms.allocate(self, p, group, entry)
         return entry
 
     def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -359,6 +372,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
             if self.offloading is not None:
                 self._step_offloaded(params, grads, scale, found)
                 return
+            if self.gradient_transforms:
+                grads, scale = transforms.widened(self, params, grads, scale), None
             plan = self._current_plan(params, grads)
             if initialising:
                 return
@@ -393,10 +408,13 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self._lost_updates is None:
             self._lost_updates = LostUpdates(type(self).__name__)
         lost = self._lost_updates
+        applied = transforms.Applied(self, plan, grads, found) if self.gradient_transforms else None
         for watcher in self._watchers:
             watcher.before(plan, grads, scale, found)
         lost.before(plan.slots, self.param_groups)
         plan.run(grads, scale, found)
+        if applied is not None:
+            applied.after()
         lost.after(found, part)
         for watcher in self._watchers:
             watcher.after(plan, found)
@@ -467,8 +485,12 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self.offloading is not None:
             grads = stand_ins if all(g is None for g in grads) else grads
             return PlanReport(self, self._engine().plan(params, grads))
-        if all(g is None for g in grads):
-            stand_ins = [distributed.local(p) if p is not None else None for p in stand_ins]
+        none = all(g is None for g in grads)
+        if none:
+            grads = [distributed.local(p) if p is not None else None for p in stand_ins]
+        if self.gradient_transforms:
+            grads = transforms.widened(self, params, grads, None)
+        if none:
             with torch.no_grad():
-                return PlanReport(self, Plan(self, params, stand_ins))
+                return PlanReport(self, Plan(self, params, grads))
         return PlanReport(self, self._current_plan(params, grads))

@@ -13,6 +13,7 @@ from fusedopt.distributed import is_dtensor
 from fusedopt.plan import Plan
 from fusedopt.projections.base import places
 from fusedopt.projections.steps import ScratchPool
+from fusedopt.transforms.base import check_parts, widened
 
 MORE_PLANS = 64  # plans kept beyond two for each parameter
 
@@ -150,7 +151,8 @@ class Parts:
                 self.end_round()
             self._round.add(tensor_id)
             opt._take_turns(tensor_id)
-            opt._run(self.plan((tensor_id,), [g]), [g], part=True)
+            grads = widened(opt, [p], [g], None) if opt.gradient_transforms else [g]
+            opt._run(self.plan((tensor_id,), grads), grads, part=True)
 
     def end_round(self) -> None:
         """Ends a step of step_parameter's."""
@@ -182,6 +184,7 @@ class Parts:
                 f"{what}: with amp_fused=True overflow is known only after the backward pass. Use bf16 autocast, which needs no "
                 "GradScaler, or a scaler that unscales each gradient before step_parameter, with amp_fused=False."
             )
+        check_parts(opt, what, RuntimeError)
         raise RuntimeError(
             f"{what}: clip_grad_norm={opt.clip_grad_norm} needs the norm of all gradients, of which step_parameter sees one. "
             "Clip each gradient before the call, or use fusedopt.release_gradients(model, opt, clip='previous')."
@@ -216,4 +219,5 @@ class StepsParts:
     def supports_fused_back_pass(self) -> bool:
         """Whether step_parameter can be used."""
         at_step = self.amp_fused or any(x is not None for x in (self._release, self._low_rank, self.offloading))
-        return self.clip_grad_norm is None and not at_step
+        whole = any(t.scope == "model" or t.after_step for t in self.gradient_transforms)
+        return self.clip_grad_norm is None and not at_step and not whole

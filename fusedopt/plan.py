@@ -43,6 +43,7 @@ from fusedopt.precision import get_precision
 from fusedopt.projections.base import places, states_like
 from fusedopt.projections.steps import ProjectedSteps, ScratchPool
 from fusedopt.rule import get_rule
+from fusedopt.transforms import base as transforms
 from fusedopt.weights import storage
 
 
@@ -284,6 +285,7 @@ class Plan:
             check_parameter(type(opt).__name__, tensor_id, p, p.detach() if low_rank else g)
             check_precision(type(opt).__name__, tensor_id, p, group)
             check_positions(type(opt).__name__, tensor_id, p, opt.rule_for(group), opt.projection_for(p, group))
+            transforms.check_parameter(opt, tensor_id, p, group)
             if owner := partition_of(p):
                 check_partition(opt, describe(type(opt).__name__, tensor_id, p), owner, group)
             if is_dtensor(p):

@@ -15,6 +15,7 @@ from torch.nn import functional
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.projections.base import check_positive_int
 from fusedopt.projections.lowrank import REFRESHES, LowRankGradient, LowRankGradients
+from fusedopt.transforms.base import check_none
 
 
 def _destination(node) -> str | None:
@@ -162,6 +163,7 @@ def projected_linear(
             "projected_linear: clip_grad_norm needs the norm of full gradients, which are never formed. Create the optimizer "
             "without clip_grad_norm."
         )
+    check_none(opt, "projected_linear", "it keeps projected gradients instead of full ones")
     if opt._release is not None:
         raise ValueError("projected_linear: release_gradients steps this optimizer. Call its handle's remove() first.")
     if opt._low_rank is not None:

@@ -16,6 +16,7 @@ from fusedopt.checks import describe
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.parts import Parts
 from fusedopt.projections.base import check_choice, check_positive_int
+from fusedopt.transforms.base import check_none, check_parts, widened
 
 COLLECT = 1 << 20  # bytes: below this, a launch of its own costs more time than the memory is worth
 PREVIOUS_NORM = "previous_grad_norm"  # in param_groups[0], so that a resumed run clips as the one that saved
@@ -219,6 +220,8 @@ class ReleasedGradients:
         self._pending, self._partial, self._bytes = {}, {}, 0
 
     def _step(self, ids: tuple[int, ...], grads: list[torch.Tensor]) -> None:
+        if self._opt.gradient_transforms:
+            grads = widened(self._opt, [self._parts.index.owners[i][2] for i in ids], grads, None)
         plan = self._parts.plan(ids, grads, self._clips)
         if self._in_states:
             accumulation.count_from_second(plan)
@@ -413,6 +416,7 @@ def release_gradients(
         )
     if opt.defaults["differentiable"] or any(g["differentiable"] for g in opt.param_groups):
         raise ValueError("release_gradients: differentiable=True needs gradients that stay. Step in opt.step().")
+    check_parts(opt, "release_gradients")
     if opt.offloading is not None:
         raise ValueError(
             f"release_gradients: the states of this {name} are offloaded and stepped in chunks. Use one of both: released "
@@ -425,6 +429,7 @@ def release_gradients(
     _check_model(model, opt)
     in_states = accumulate_in == "states" and micro_batches > 1
     if in_states:
+        check_none(opt, "release_gradients", "it adds gradients to the states as they come")
         if clip is not None:
             raise ValueError(
                 "release_gradients: gradients that are added to the states are not clipped. Use accumulate_in='gradients'."

@@ -19,7 +19,7 @@ WIDE = (
     "state_format: {state!r} of rule {rule!r} stays in fp32, since {form!r} would round its small increments away. "
     "Leave it out of the dict."
 )
-OWN_OPTIONS = (*STORAGE_OPTIONS, "seed")
+OWN_OPTIONS = (*STORAGE_OPTIONS, "seed", "transform_gradients")
 
 
 def override(target, **options) -> None:

@@ -15,6 +15,7 @@ from fusedopt.conversion.piece import Piece, signs, wide
 from fusedopt.formats import FP32, Format, get_format
 from fusedopt.precision import COMPANIONS
 from fusedopt.rule import get_rule, list_rules
+from fusedopt.transforms import state_names as transform_states
 
 log = logging.getLogger("fusedopt")
 
@@ -160,7 +161,7 @@ class Conversion:
 
 
 def _torch_entry(entry: dict, group: dict) -> dict:
-    out = {k: v for k, v in entry.items() if k not in COMPANIONS}
+    out = {k: v for k, v in entry.items() if k not in COMPANIONS and k not in transform_states()}
     for rule in map(get_rule, list_rules()):
         if rule.derived and set(rule.state_names) <= entry.keys():
             try:

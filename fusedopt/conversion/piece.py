@@ -16,6 +16,7 @@ from fusedopt.formats import FP32, Format
 from fusedopt.memory import empty_like, flat, is_dense, strides_match
 from fusedopt.precision import COMPANIONS
 from fusedopt.rule import State, get_rule, list_rules
+from fusedopt.transforms import state_names as transform_states
 
 CHUNK = 2**18  # elements: a multiple of every block; the pure-torch encoder takes some 60 bytes of scratch for each
 
@@ -123,7 +124,13 @@ class Piece:
         self._lay_out(asked)
 
     def _refuse_others(self) -> None:
-        known = {"step", *self.signs, *COMPANIONS, *(s for n in self.names for s in st.scale_names(n))}
+        known = {
+            "step",
+            *self.signs,
+            *COMPANIONS,
+            *transform_states(),
+            *(s for n in self.names for s in st.scale_names(n)),
+        }
         others = [k for k, v in self.entry.items() if k not in known and isinstance(v, (torch.Tensor, dict))]
         if others:
             raise ValueError(

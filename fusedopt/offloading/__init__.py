@@ -12,6 +12,7 @@ from fusedopt.memory import is_dense
 from fusedopt.metrics import watched_offload
 from fusedopt.offloading.storage import ScratchFile, lay_out, release_freed_memory
 from fusedopt.states import option_overrides
+from fusedopt.transforms.base import check_none
 from fusedopt.weights import Int8Weight
 
 STEP_ON = ("cpu", "device")
@@ -128,6 +129,7 @@ def offload(
 def check_offloadable(opt, index: int, p: torch.Tensor, group: dict) -> None:
     """Raises ValueError for a parameter whose states cannot be moved about."""
     name = type(opt).__name__
+    check_none(opt, "offload", "it streams gradients as they are to where states are stepped")
     if opt._low_rank is not None:
         raise ValueError(
             f"{name}: projected_linear keeps low-rank gradients, which cannot be offloaded. Use one of both."

@@ -1,0 +1,23 @@
+"""Gradient transforms for any rule: `AdamW(..., gradient_transforms=[Grokfast(), OrthoGrad()])`. See base.py."""
+
+from fusedopt.transforms.base import Transform
+from fusedopt.transforms.clipping import AdaptiveClip, ClipComponents, ClipFraction, ClipValue
+from fusedopt.transforms.filters import Grokfast, GrokfastMA
+from fusedopt.transforms.normalising import Centralize, Normalize, UnitNorm
+from fusedopt.transforms.orthogonal import OrthoGrad
+
+TRANSFORMS = (
+    Grokfast, GrokfastMA, OrthoGrad, ClipValue, ClipFraction, ClipComponents, AdaptiveClip, Centralize, Normalize, UnitNorm,
+)  # fmt: skip
+
+__all__ = ["TRANSFORMS", "Transform", "list_transforms", *(cls.__name__ for cls in TRANSFORMS)]
+
+
+def list_transforms() -> list[str]:
+    """Class names of the gradient transforms."""
+    return sorted(cls.__name__ for cls in TRANSFORMS)
+
+
+def state_names() -> tuple[str, ...]:
+    """Names of everything that gradient transforms keep in a parameter's state dict."""
+    return tuple(name for cls in TRANSFORMS for name in cls.names())
