@@ -29,6 +29,7 @@ from fusedopt.rule import list_rules
 from fusedopt.state_files import export_states, import_states
 from fusedopt.states import override, state_bytes
 from fusedopt.transforms import TRANSFORMS, list_transforms
+from fusedopt.transforms.zeroth import Direction, ZerothOrder, apply_directions
 from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
@@ -46,6 +47,7 @@ __all__ = [
     "ApolloMini",
     "Conda",
     "Frugal",
+    "Direction",
     "FusedOptimizer",
     "GaLore",
     "Int8Weight",
@@ -54,6 +56,8 @@ __all__ = [
     "ReleasedGradients",
     "SubsetNorm",
     "SubspaceMomentum",
+    "ZerothOrder",
+    "apply_directions",
     "check_numerics",
     "clip_grad_norm_",
     "create",

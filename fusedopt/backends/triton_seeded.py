@@ -51,7 +51,7 @@ def draw_constants(depth: int) -> dict:
     return {"DEPTH8": depth % 8 == 0, "K": DRAW, "num_warps": 1, "enable_fp_fusion": True}
 
 
-def _signed(word: int) -> int:
+def signed_word(word: int) -> int:
     """A 32-bit word as int32, so that every seed is an argument of one type."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
@@ -98,7 +98,7 @@ def project_seeded(grad, seed: int, tensor_id: int, step: int, rank: int, side: 
         if squares is not None:
             squares.zero_()
         return True
-    key = _signed(seed), _signed(seed >> 32), _signed(tensor_id), _signed(step)
+    key = signed_word(seed), signed_word(seed >> 32), signed_word(tensor_id), signed_word(step)
     if rank == 1:
         _project_single(grad, key, side, out, squares)
         return True

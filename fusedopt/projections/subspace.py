@@ -207,6 +207,17 @@ def random_basis(
     return (X if side == "left" else X.t().contiguous()).to(dtype)
 
 
+def gaussian_numbers(counter: torch.Tensor, scale: float, seed: int, tensor_id: int, step) -> torch.Tensor:
+    """fp64 [*counter.shape, 4]: four numbers of each Philox counter, N(0, -scale / 2); see `gaussian_projector`."""
+    words = philox_words(seed, step, tensor_id, counter, _STREAM)
+    z = []
+    for one, other in (words[:2], words[2:]):
+        r = (((one >> 8) + 1).double() / 2**24).log_().mul_(scale).sqrt_()
+        turn = (other >> 8).double() * (2 * math.pi / 2**24)
+        z += [r * turn.cos(), r * turn.sin()]
+    return torch.stack(z, -1)
+
+
 @torch.no_grad()
 def gaussian_projector(
     shape: tuple[int, int],
@@ -234,13 +245,7 @@ def gaussian_projector(
     for first in range(0, rank, block):
         j = torch.arange(first, min(rank, first + block), dtype=torch.int64, device=device)
         counter = (j[:, None] << 32) + torch.arange(quads, dtype=torch.int64, device=device)
-        words = philox_words(seed, step, tensor_id, counter, _STREAM)
-        z = []
-        for one, other in (words[:2], words[2:]):
-            r = (((one >> 8) + 1).double() / 2**24).log_().mul_(-2 / rank).sqrt_()
-            turn = (other >> 8).double() * (2 * math.pi / 2**24)
-            z += [r * turn.cos(), r * turn.sin()]
-        z = torch.stack(z, 2).view(len(j), 4 * quads)[:, :depth]
+        z = gaussian_numbers(counter, -2 / rank, seed, tensor_id, step).view(len(j), 4 * quads)[:, :depth]
         out[first : first + len(j)] = z if dtype == torch.float64 else z.float()
     return out.t().contiguous() if side == "left" else out
 
