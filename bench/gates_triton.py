@@ -128,7 +128,7 @@ def _source(case: Case | Blockwise):
     reduces = case.phase in (Phase.NORM, Phase.PROBE)
     absent = set() if reduces else {"partials", "totals", "norm", "counters"}
     absent |= {"found_inf"} if reduces else set()
-    absent |= set() if rule.trust_on else {"sums"}
+    absent |= set() if rule.trust_on or case.phase == Phase.PROBE else {"sums"}
     fixed |= dict.fromkeys(absent)
     types = {"table": "*i64", "chunks": "*i64", "counters": "*i32", "max_norm": "fp32"}
     integers = ("rows", "live_rows", "chunk", "total_index", "total_count")

@@ -21,7 +21,7 @@ constexpr int32_t kFormatMask = 0xFF, kFormatSigned = 0x100;  // a Launch's form
 enum Precision : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit24 = 3, kSplit32 = 4, kMaster = 5 };
 enum Phase : int32_t {
   kFused = 0,  // prologue, direction, epilogue, stores
-  kProbe = 1,  // the same arithmetic with stores disabled: accumulates |p|^2 and |u|^2 of each tensor
+  kProbe = 1,  // the same arithmetic with stores disabled: accumulates |p|^2 and |u|^2 of each tensor, or the rule's own two terms
   kApply = 2,  // kFused with the update scaled by rule.trust() of the probe's sums
   kNorm = 3,   // |p|^2 and |g|^2 of each tensor and the global gradient norm; reads only
   kDirection = 4,  // the update u is stored in place of the parameter, which is not read and counts as 0: no lr, no decay (projections)
@@ -89,6 +89,8 @@ constexpr int count_names(const char* text) {
   }
   return n;
 }
+
+struct Pair { float first, second; };
 
 // What a rule inherits; a rule overrides by redeclaring.
 struct Elementwise {

@@ -2,7 +2,17 @@
 #pragma once
 #include "scalar.h"
 
+#include <type_traits>
+
 namespace fo {
+
+// Whether a probe sums the rule's own terms(g, p, states..., scalars) -> Pair in place of p^2 and u^2.
+template <class Rule, class = void>
+constexpr bool has_terms = false;
+template <class Rule>
+constexpr bool has_terms<Rule, std::void_t<decltype(&Rule::terms)>> = true;
+template <class Rule>
+constexpr bool has_probe = Rule::trust_on == Trust::update || has_terms<Rule>;
 
 // Numbers of one (launch, row): loaded once per chunk.
 struct Stage {
@@ -49,6 +59,15 @@ FO_HD float direction(float g, float p, float& a, float& b, float& c, float& d, 
   else if constexpr (Rule::state_count == 2) return Rule::direction(g, p, a, b, k);
   else if constexpr (Rule::state_count == 3) return Rule::direction(g, p, a, b, c, k);
   else return Rule::direction(g, p, a, b, c, d, k);
+}
+
+template <class Rule>
+FO_HD Pair terms(float g, float p, const float& a, const float& b, const float& c, const float& d, const typename Rule::Scalars& k) {
+  if constexpr (Rule::state_count == 0) return Rule::terms(g, p, k);
+  else if constexpr (Rule::state_count == 1) return Rule::terms(g, p, a, k);
+  else if constexpr (Rule::state_count == 2) return Rule::terms(g, p, a, b, k);
+  else if constexpr (Rule::state_count == 3) return Rule::terms(g, p, a, b, c, k);
+  else return Rule::terms(g, p, a, b, c, d, k);
 }
 
 }  // namespace fo

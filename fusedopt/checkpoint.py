@@ -44,6 +44,9 @@ def to_torch(opt, native: dict) -> dict:
             )
         for name, number in rule.derived.items():
             converted[name] = torch.as_tensor(number(group, float(entry["step"])), dtype=_step_dtype()).view(())
+        for name in rule.memory:
+            if name in entry:
+                converted[name] = entry[name].clone()
         for state in rule.states:
             if state.name in entry:
                 converted[state.name] = _decoded(indices[index][0], entry, state)
@@ -85,7 +88,8 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     if _others(rule, entry, {**kept, **transformed}) or missing and (present or stepped):
         raise ValueError(
             f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps "
-            f"{[*rule.state_names, *kept, *transformed]}. Load a state dict of the same optimizer{_and_transforms(entry)}."
+            f"{[*rule.state_names, *rule.memory, *kept, *transformed]}. Load a state dict of the same "
+            f"optimizer{_and_transforms(entry)}."
         )
     out: dict = {}
     owner = p
@@ -98,6 +102,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
     on_device = opt.steps_on_device(p, group)
     out["step"] = step.to(device=p.device if on_device else "cpu", dtype=_step_dtype()).view(())
+    _take_memory(what, p, rule, entry, out, stepped)
     for state, form, like in zip(rule.states, formats, likes, strict=True):
         if state.name in entry:
             _check_state(what, like, entry, state.name)
@@ -226,10 +231,23 @@ def _take_kept(
         out[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
 
 
+def _take_memory(what: str, p: torch.Tensor, rule, entry: dict, out, stepped: bool) -> None:
+    """The numbers that a rule keeps of a tensor, or their first values where it has not been stepped."""
+    keeper = out.stored if isinstance(out, LocalEntry) else out
+    for name, first in rule.memory.items():
+        value = entry.get(name)
+        if value is None and stepped:
+            raise ValueError(f"{what}: the loaded state lacks its {name!r}. Load a state dict of the same optimizer.")
+        value = torch.as_tensor(first if value is None else value).detach()
+        if value.numel() != 1:
+            raise ValueError(f"{what}: the loaded {name!r} has shape {tuple(value.shape)}. Load one number.")
+        keeper[name] = value.reshape(()).to(device=p.device, dtype=torch.float64, copy=True)
+
+
 def _others(rule, entry: dict, kept) -> list[str]:
     """Tensors that belong to no state of the rule: another optimizer's."""
     scales = [name for state in rule.state_names for name in st.scale_names(state)]
-    known = {"step", *rule.state_names, *rule.derived, *scales, *COMPANIONS, *kept}
+    known = {"step", *rule.state_names, *rule.derived, *rule.memory, *scales, *COMPANIONS, *kept}
     return [k for k, v in entry.items() if isinstance(v, torch.Tensor) and k not in known]
 
 

@@ -108,9 +108,9 @@ def check_projected(name: str, decay_mode: str, index: int, p: torch.Tensor, gro
 
 def check_quantized(name: str, index: int, p: torch.Tensor, rule, projection) -> None:
     """Raises RuntimeError for an int8 weight that its rule or projection cannot step."""
-    if rule.trust_on:
+    if rule.reduces:
         raise RuntimeError(
-            f"{describe(name, index, p)} is an int8 weight, and {name}'s trust ratio needs its norm. Use a rule without one "
+            f"{describe(name, index, p)} is an int8 weight, and {name} needs sums over its values. Use a rule without one "
             "(AdamW), or keep the weight in floating point."
         )
     if not projection.site.takes_int8:

@@ -197,7 +197,8 @@ class Loader:
         out = {}
         for name, value in self.entry.items():
             one = isinstance(value, torch.Tensor) and not value.dim() and self.p.dim()  # a count
-            if not isinstance(value, torch.Tensor) or name == "step" or one or scale_format(name) is not None:
+            kept = name == "step" or name in rule.memory or one or scale_format(name) is not None
+            if not isinstance(value, torch.Tensor) or kept:
                 if scale_format(name) is None:
                     out[name] = value
                 continue
@@ -344,7 +345,7 @@ def partition_of(p: torch.Tensor) -> str | None:
 def check_partition(opt, what: str, owner: str, group: dict) -> None:
     """Raises RuntimeError for what a flat partition of many tensors cannot have."""
     name = type(opt).__name__
-    if opt.needs_shapes or opt.rule_for(group).trust_on:
+    if opt.needs_shapes or opt.rule_for(group).reduces:
         raise RuntimeError(
             f"{what} is a flat partition of {owner}, which does not know where its tensors begin; {name} needs their shapes. "
             "Use an elementwise rule (AdamW, Adam, Lion, SGD), or fully_shard (FSDP2), which keeps tensors apart."
@@ -409,10 +410,10 @@ class MeshSums:
         for kind in ("gradient", "update"):
             ids: dict[tuple, list[int]] = {}
             for slot in slots:
-                if slot.rule.trust_on == kind and slot.groups:
+                if (slot.rule.takes_norms if kind == "gradient" else slot.rule.probes) and slot.groups:
                     ids.setdefault(slot.groups, []).append(slot.tensor_id)
             self.trusted[kind] = [(torch.tensor(v, device=device), groups) for groups, v in ids.items()]
-        empty = [slot.tensor_id for slot in slots if slot.rule.trust_on and not slot.param.numel()]
+        empty = [slot.tensor_id for slot in slots if slot.rule.reduces and not slot.param.numel()]
         self.empty = torch.tensor(empty, dtype=torch.int64, device=device)
         self.squares = []
         for groups in dict.fromkeys(slot.groups for slot in slots):
@@ -420,7 +421,7 @@ class MeshSums:
             self.squares.append((torch.tensor(launches, dtype=torch.int64, device=device), groups))
 
     def trust(self, kind: str, sums: torch.Tensor | None) -> None:
-        """Completes the per-tensor sums that trust ratios of a kind read: |p|^2 with |g|^2 or |u|^2."""
+        """Completes the sums of each tensor that a norm launch ("gradient") or a probe ("update") gave."""
         for index, groups in self.trusted[kind]:
             if self.empty.numel():  # no launch writes these
                 sums.index_fill_(0, self.empty, 0)

@@ -16,7 +16,7 @@ def bytes_per_step(bucket, phase: Phase) -> float:
     if phase == Phase.DIRECTION:  # the update takes the parameter's place and is not read
         return n * (g + p + 2 * states)
     if phase == Phase.NORM:
-        return n * (g + (p if rule.trust_on == "gradient" else 0))
+        return n * (g + (p if rule.takes_norms else 0))
     read, written = bucket.slots[0].precision.traffic(key.param_dtype)
     return n * (read + g + states + (0 if phase == Phase.PROBE else written + states))
 

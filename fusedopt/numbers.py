@@ -22,6 +22,9 @@ class Row:
     view: torch.Tensor | None = None
     plain: bool = False  # of a launch over updates, which are neither unscaled nor negated
     site: object | None = None  # counts steps for the rule in its own way (a projection that resets states)
+    like: int | None = (
+        None  # the row that this one is a copy of, for a tensor with numbers of its own (fusedopt.measures)
+    )
 
 
 def _host(value):
@@ -81,6 +84,8 @@ class ScalarTable:
         self.host = host
         self.table = host if self.shared else torch.zeros_like(host, device=device)
         self.written: list[list] = [[] for _ in rows]  # device rows: what each word was last set to
+        pairs = [(i, row.like) for i, row in enumerate(rows) if row.like is not None and row.view is not None]
+        self.copied = tuple(torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
 
     def update(self, groups: list[dict], upload) -> None:
         """Recomputes every row. upload(destination, source): asynchronous copy of a host tensor."""
@@ -88,7 +93,14 @@ class ScalarTable:
         host_rows = False
         for index, row in enumerate(self.rows):
             group = groups[row.group]
-            if row.view is not None:
+            if row.like is not None:  # follows the row it copies
+                numbers = self.numbers[row.like]
+                if row.view is None:
+                    size = 4 * SCALAR_STRIDE
+                    source = self.image[row.like * size : (row.like + 1) * size]
+                    self.image[index * size : (index + 1) * size] = source
+                    host_rows = True
+            elif row.view is not None:
                 numbers = device_numbers(row, group)
                 self._write_on_device(index, numbers)
             else:
@@ -97,6 +109,9 @@ class ScalarTable:
                 pack_scalar_row(self.image, index, head, numbers.seed, numbers.step, numbers.scalars)
                 host_rows = True
             self.numbers.append(numbers)
+        if self.copied:
+            to, source = self.copied
+            self.table.index_copy_(0, to, self.table.index_select(0, source))
         if host_rows and not self.shared:
             first = next(i for i, row in enumerate(self.rows) if row.view is None)  # host rows come last
             upload(self.table[first:], self.host[first:])

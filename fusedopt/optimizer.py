@@ -12,6 +12,7 @@ from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
+from fusedopt.measures import check_measured
 from fusedopt.metrics import Recorded
 from fusedopt.offloading import Offloading
 from fusedopt.offloading.engine import Engine
@@ -114,10 +115,12 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         self._traced = compiled.Traced(self)
 
     def add_param_group(self, param_group: dict) -> None:
-        """Adds a group of parameters. Raises ValueError for a projection that the rule cannot have."""
+        """Adds a group of parameters. Raises ValueError for a projection or a flag that the rule cannot have."""
         if isinstance(param_group, dict):
-            self._check_projection({**self.defaults, **param_group})
-            self._check_formats({**self.defaults, **param_group})
+            group = {**self.defaults, **param_group}
+            check_measured(type(self).__name__, self.rule_for(group), group)
+            self._check_projection(group)
+            self._check_formats(group)
         super().add_param_group(param_group)
 
     def _check_formats(self, group: dict) -> None:
@@ -280,6 +283,9 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         entry = self.state[p]
         if "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
+        for name, value in rule.memory.items():
+            if name not in entry:
+                entry[name] = torch.full((), value, dtype=torch.float64, device=distributed.local(p).device)
         projection = self.projection_for(p, group)
         likes = states_like(p, projection, rule)
         formats = st.configured_formats(p, group, rule, likes)

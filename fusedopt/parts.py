@@ -10,6 +10,7 @@ import torch
 
 from fusedopt.checks import describe
 from fusedopt.distributed import is_dtensor
+from fusedopt.measures import needs_all_gradients
 from fusedopt.plan import Plan
 from fusedopt.projections.base import places
 from fusedopt.projections.steps import ScratchPool
@@ -179,6 +180,8 @@ class Parts:
             raise RuntimeError(
                 f"{what}: projected_linear steps at step() only. Call its handle's remove() before step_parameter."
             )
+        if needs_all_gradients(opt):
+            raise RuntimeError(f"{what}: {type(opt).__name__} sums over all gradients before it steps. Call step().")
         if opt.amp_fused:
             raise RuntimeError(
                 f"{what}: with amp_fused=True overflow is known only after the backward pass. Use bf16 autocast, which needs no "
@@ -219,5 +222,5 @@ class StepsParts:
     def supports_fused_back_pass(self) -> bool:
         """Whether step_parameter can be used."""
         at_step = self.amp_fused or any(x is not None for x in (self._release, self._low_rank, self.offloading))
-        whole = any(t.scope == "model" or t.after_step for t in self.gradient_transforms)
+        whole = needs_all_gradients(self) or any(t.scope == "model" or t.after_step for t in self.gradient_transforms)
         return self.clip_grad_norm is None and not at_step and not whole

@@ -37,6 +37,7 @@ from fusedopt.distributed import (
     split_groups,
 )
 from fusedopt.masters import configured_precision
+from fusedopt.measures import Measured, check_devices
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
 from fusedopt.precision import get_precision
@@ -75,7 +76,8 @@ class DevicePlan:
             rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, get_precision(bucket.key.precision)
             base = Work(bucket.key, rule, form, precision, bucket.items(None) if bucket.native else [], bucket.table,
                         bucket.chunks, self.scalars.table, [], bucket.chunk, bucket.grains)  # fmt: skip
-            phases = (Phase.PROBE, Phase.APPLY) if rule.trust_on == "update" else (Phase.FUSED,)
+            phases = (Phase.APPLY if rule.trust_on == "update" else Phase.FUSED,)
+            phases = (Phase.PROBE, *phases) if rule.probes else phases
             phases = (Phase.NORM, *phases)
             if bucket.key.projected:
                 phases = (Phase.DIRECTION,)
@@ -84,6 +86,8 @@ class DevicePlan:
             bucket.works = {phase: replace(base, phase=phase, cache={}) for phase in phases}
         live = isinstance(max_norm, torch.Tensor)  # then the coefficient is not the kernel's to compute
         self._bind_reductions(clipping, 0.0 if live else max_norm or 0.0, tensor_count)
+        measured = [s for s in slots if s.rule.measures is not None]
+        self.measured = Measured(measured, self.scalars, self.sums, opt) if measured else None
 
     def _bind_steps(self, opt) -> None:
         """Moves the step counters of the slots into one tensor (host, and device where capturable), and assigns scalar rows."""
@@ -109,6 +113,9 @@ class DevicePlan:
                     view = counter[i] if on_device else None
                     rows.append(Row(slot.group, slot.rule, mode, count, view, site=slot.site))
                 slot.row = known[place]
+                if slot.rule.measures is not None:
+                    rows.append(replace(rows[slot.row], like=slot.row))
+                    slot.row = len(rows) - 1
                 if slot.site is not None and slot.site.plain_rule is not None:
                     place = (slot.group, count, "plain", slot.site.counting)
                     if place not in known:
@@ -123,13 +130,13 @@ class DevicePlan:
         self.scalars = ScalarTable(rows, self.device)
 
     def _bind_reductions(self, clipping: bool, max_norm: float, tensor_count: int) -> None:
-        trusting = any(s.rule.trust_on for s in self.slots)
+        reducing = any(s.rule.reduces for s in self.slots)
         own = [b for b in self.buckets if Phase.NORM in b.works]
-        self.normed = [b for b in own if clipping or b.slots[0].rule.trust_on == "gradient"] + self.wholes
+        self.normed = [b for b in own if clipping or b.slots[0].rule.takes_norms] + self.wholes
         self.sums = self.clip = self.norm = self.totals = self.shards = None
-        if (clipping or trusting) and any(s.groups for s in self.slots):
+        if (clipping or reducing) and any(s.groups for s in self.slots):
             self.shards = MeshSums(self.slots, self.normed, self.device)
-        if not trusting and not self.normed and self.shards is None:
+        if not reducing and not self.normed and self.shards is None:
             return
         every = [*self.buckets, *self.wholes]
         native = any(b.native for b in every)
@@ -138,7 +145,7 @@ class DevicePlan:
         def zeros(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.sums = zeros(tensor_count, 2) if trusting else None
+        self.sums = zeros(tensor_count, 2) if reducing else None
         self.totals, self.norm = zeros(max(1, len(self.normed))), zeros(1)
         self.clip = zeros(1) if clipping else None
         partials = zeros(max((b.grains for b in every), default=0), 2)
@@ -147,7 +154,8 @@ class DevicePlan:
             for phase, work in bucket.works.items():
                 needs = phase in (Phase.NORM, Phase.PROBE)
                 work.partials, work.counters = (partials, counters) if needs else (None, None)
-                work.sums = self.sums if bucket.slots[0].rule.trust_on else None
+                rule = bucket.slots[0].rule
+                work.sums = self.sums if rule.trust_on or needs and rule.measures is not None else None
                 work.clip, work.max_norm = self.clip, max_norm
                 if phase == Phase.NORM:
                     work.totals, work.norm = self.totals, self.norm
@@ -183,6 +191,8 @@ class DevicePlan:
         scale = None if grad_scale is None else grad_scale.to(self.device, torch.float32)
         found = None if found_inf is None else found_inf.to(self.device, torch.float32)
         self.projected.begin(scale, found, self.clip)
+        if self.measured is not None:
+            self.measured.begin(scale, found, self.clip)
         for bucket in (*self.buckets, *self.wholes):
             for work in bucket.works.values():
                 work.grad_scale, work.found_inf = scale, found
@@ -202,13 +212,15 @@ class DevicePlan:
     def take_clip(self, clip: torch.Tensor) -> None:
         """Instead of `norms`, where this plan is a part of a step whose global norm is known: sums of tensors only."""
         for bucket in self.normed:
-            if bucket.slots[0].rule.trust_on == "gradient":
+            if bucket.slots[0].rule.takes_norms:
                 bucket.backend.launch(bucket.works[Phase.NORM])
         if self.clip is not None:
             self.clip.copy_(clip)
 
     def step(self, grads: list[torch.Tensor]) -> None:
         self.projected.before(grads)
+        if self.measured is not None:
+            self.measured.take_norms()
         for phases in ((Phase.PROBE,), (Phase.FUSED, Phase.APPLY, Phase.DIRECTION)):
             for bucket in self.buckets:
                 for phase, work in bucket.works.items():
@@ -216,6 +228,8 @@ class DevicePlan:
                         bucket.backend.launch(work)
             if self.shards is not None and Phase.PROBE in phases:
                 self.shards.trust("update", self.sums)
+            if self.measured is not None and Phase.PROBE in phases:
+                self.measured.take_sums()
         self.projected.after(grads)
 
 
@@ -236,6 +250,7 @@ class Plan:
         devices: dict[torch.device, list[Slot]] = {}
         for slot in slots:
             devices.setdefault(slot.param.device, []).append(slot)
+        check_devices(type(opt).__name__, devices)
         count = max((s.tensor_id for s in slots), default=-1) + 1
         self.devices = [DevicePlan(d, mine, opt, count, self.max_norm, self.pool) for d, mine in devices.items()]
         self.live_params = [s.owner for s in slots]

@@ -13,6 +13,7 @@ import torch
 
 from fusedopt import accumulation
 from fusedopt.checks import describe
+from fusedopt.measures import needs_all_gradients
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.parts import Parts
 from fusedopt.projections.base import check_choice, check_positive_int
@@ -421,6 +422,11 @@ def release_gradients(
         raise ValueError(
             f"release_gradients: the states of this {name} are offloaded and stepped in chunks. Use one of both: released "
             "gradients save gradient memory, state_format='int8' state memory without offload."
+        )
+    if needs_all_gradients(opt):
+        raise ValueError(
+            f"release_gradients: {name} sums over all gradients before it steps the first parameter. Step in opt.step(), or use "
+            "a rule that looks at one tensor at a time."
         )
     if opt._low_rank is not None:
         raise ValueError(

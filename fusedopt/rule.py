@@ -35,6 +35,33 @@ class State:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """Numbers that a rule takes of whole tensors (fusedopt.measures): computed on the device before a step, they stand in the
+    tensor's own scalar row, where the rule's bodies read them like any scalar.
+
+    names: scalars of the rule that are measured; what `scalars` gives for them stands there until then. "lr_factor" and
+        "decay_factor" are none of the rule's: they multiply the learning rate and the decay of the tensor.
+    memory: numbers that are kept from step to step in the state dict, and what they are at the start.
+    scope: what is summed over: "tensor", "group" or "optimizer"; beyond a tensor there is one memory for all.
+    norms(memory, param_sq, grad_sq, c) -> (memory, numbers): from the squared norms of the parameter and of the gradient
+        (unscaled and clipped, without decay).
+    sums(memory, first, second, c) -> (memory, numbers): after `norms`, from the sums of the two terms.
+    terms(g, p, *states, **scalars) -> (a, b), terms_triton(g, p, *states, c) and the C++ rule's `terms`: of each element, with
+        g and p as `direction` gets them.
+    memory and numbers are dicts by name, of float64 tensors [tensors] (scope "tensor") or 0-dim; c holds the rule's scalars
+    with lr, step and numel, each a number or such a tensor. Arithmetic only: nothing may wait for the device.
+    """
+
+    names: tuple[str, ...]
+    memory: Mapping[str, float] = field(default_factory=dict)
+    scope: str = "tensor"
+    norms: Callable | None = None
+    sums: Callable | None = None
+    terms: Callable | None = None
+    terms_triton: Any = None
+
+
+@dataclass(frozen=True)
 class Rule:
     """One update rule. Flags (which rule) are code; numbers (`scalars`) are data, one row per group and step.
 
@@ -48,6 +75,7 @@ class Rule:
     step_size(h, step): what multiplies u; the learning rate where there is none. decay(h, step): the share of the parameter
         that decoupled decay takes; lr * weight_decay where there is none. Both under the conditions of `scalars`.
     derived: numbers that the torch.optim class of the rule keeps in its state and that follow from h and the step count here.
+    measures: numbers of whole tensors beside the trust ratio.
     internal: a building block of projections that no optimizer class steps by itself.
     """
 
@@ -63,7 +91,28 @@ class Rule:
     step_size: Callable[[Mapping[str, Any], Any], Any] | None = None
     decay: Callable[[Mapping[str, Any], Any], Any] | None = None
     derived: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = field(default_factory=dict)
+    measures: Measures | None = None
     internal: bool = False
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a tensor's step depends on all of its elements."""
+        return self.trust_on is not None or self.measures is not None
+
+    @property
+    def takes_norms(self) -> bool:
+        """Whether a norm launch gives it |p|^2 and |g|^2 of each tensor."""
+        return self.trust_on == "gradient" or self.measures is not None and self.measures.norms is not None
+
+    @property
+    def probes(self) -> bool:
+        """Whether a probe launch sums something over each tensor."""
+        return self.trust_on == "update" or self.measures is not None and self.measures.terms is not None
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """The numbers kept for each tensor beside its states, and their first values."""
+        return {} if self.measures is None else self.measures.memory
 
     @property
     def state_names(self) -> tuple[str, ...]:

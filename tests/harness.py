@@ -81,8 +81,9 @@ class Problem:
 
     def phases(self, clip: bool = False) -> tuple[Phase, ...]:
         rule = self.work.rule
-        first = (Phase.NORM,) if clip or rule.trust_on == "gradient" else ()
-        return first + ((Phase.PROBE, Phase.APPLY) if rule.trust_on == "update" else (Phase.FUSED,))
+        first = (Phase.NORM,) if clip or rule.takes_norms else ()
+        last = (Phase.APPLY if rule.trust_on == "update" else Phase.FUSED,)
+        return first + ((Phase.PROBE, *last) if rule.probes else last)
 
     def run(self, backend, clip: bool = False, phases=None) -> None:
         for phase in phases or self.phases(clip):
@@ -207,7 +208,7 @@ def make_problem(
         t.data_ptr() % 16 == 0 for it in items for t in (it.param, it.grad, *it.states, it.companion) if t is not None
     )
     key = BucketKey(torch.device("cpu"), "", rule, param_dtype, grad_dtype, tuple(names), precision, aligned)
-    norms = max_norm > 0 or declared.trust_on == "gradient"
+    norms = max_norm > 0 or declared.takes_norms
     work = Work(
         key,
         declared,
@@ -224,7 +225,7 @@ def make_problem(
         found_inf=None if found_inf is None else torch.tensor([found_inf]),
         clip=torch.zeros(1) if max_norm > 0 else None,
         partials=torch.zeros(sum(grains), 2),
-        sums=torch.zeros(3 * len(items) + 2, 2) if declared.trust_on or norms else None,
+        sums=torch.zeros(3 * len(items) + 2, 2) if declared.reduces or norms else None,
         totals=torch.zeros(1),
         norm=torch.zeros(1),
         counters=torch.zeros(len(items) + 1, dtype=torch.int32),

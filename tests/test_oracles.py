@@ -7,7 +7,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from harness import hyper
-from oracles import elementwise
+from oracles import elementwise, reductions
 from oracles.adafactor import Adafactor as TensorAdafactor
 from oracles.lamb import LAMB
 from oracles.lars import LARS
@@ -206,6 +206,10 @@ ORACLES = {
         combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], warmup_steps=[0, 5])
         + [{"lr": 0.02, "maximize": True}],
     ),
+    "novograd": (
+        reductions.NovoGrad,
+        combine(**ADAPTIVE, eps=[1e-8, 0.1], weight_decay=[0.0, 0.1], grad_averaging=[False, True]),
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [
@@ -361,13 +365,13 @@ def test_schedule_free_evaluates_at_the_average(name):
         opt.step()
 
 
-@pytest.mark.parametrize("name, theirs", [("ademamix", "AdEMAMix"), ("exadam", "EXAdam")])
+@pytest.mark.parametrize("name, theirs", [("ademamix", "AdEMAMix"), ("exadam", "EXAdam"), ("novograd", "NovoGrad")])
 def test_transcription_matches_package(name, theirs):
-    """Where both exist: without schedules, which the package has in another form or not at all."""
+    """Where both exist: without schedules and averaging, which the package has in another form or not at all."""
     options = {"alpha": 5.0, "betas": (0.9, 0.99, 0.999)} if name == "ademamix" else {}
     a, b = make_params(), make_params()
     one = ORACLES[name][0](a, lr=0.02, weight_decay=0.1, **options)
-    two = package(theirs)(b, lr=0.02, weight_decay=0.1, **options)
+    two = package(theirs, weight_decouple=name != "novograd")(b, lr=0.02, weight_decay=0.1, **options)
     for step in range(STEPS):
         set_grads(a, step)
         set_grads(b, step)

@@ -44,6 +44,26 @@ static __attribute__((noinline)) void update(int64_t n, const G* __restrict g, P
   }
 }
 
+// The two terms of n elements, from fp32 arrays. Unused states are null.
+template <class Rule>
+static __attribute__((noinline)) void take_terms(int64_t n, const float* __restrict g, const float* __restrict p,
+                                                 const float* __restrict state0, const float* __restrict state1,
+                                                 const float* __restrict state2, const float* __restrict state3,
+                                                 float* __restrict first, float* __restrict second, const Stage s,
+                                                 const typename Rule::Scalars scalars) {
+  constexpr int states = Rule::state_count;
+  for (int64_t i = 0; i < n; ++i) {
+    float a = 0.f, b = 0.f, c = 0.f, d = 0.f;
+    if constexpr (states > 0) a = state0[i];
+    if constexpr (states > 1) b = state1[i];
+    if constexpr (states > 2) c = state2[i];
+    if constexpr (states > 3) d = state3[i];
+    const Pair t = terms<Rule>(prologue(g[i], p[i], s), p[i], a, b, c, d, scalars);
+    first[i] = t.first;
+    second[i] = t.second;
+  }
+}
+
 // A chunk whose streams are all stepped where they lie.
 template <class Rule>
 struct InPlace {
@@ -113,7 +133,8 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
       update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, stage, scalars);
     });
   }
-  alignas(64) float buffer[3 + Rule::state_count][kTile];
+  constexpr bool kTerms = !Store && has_terms<Rule>;
+  alignas(64) float buffer[3 + Rule::state_count + kTerms][kTile];
   SquareSum param_sum, update_sum;
   for (int64_t done = blocked; done < n; done += kTile) {
     const int64_t offset = start + done;
@@ -122,13 +143,22 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
     float* pt = load_param(launch, row, offset, count, buffer[1]);
     float* s[kMaxStates] = {};
     for (int i = 0; i < Rule::state_count; ++i) s[i] = load_state(launch, row, i, offset, count, buffer[3 + i]);
-    update<Rule, Store>(count, gt, pt, s[0], s[1], s[2], s[3], buffer[2], stage, scalars);
+    if constexpr (kTerms) {
+      float* second = buffer[3 + Rule::state_count];
+      take_terms<Rule>(count, gt, pt, s[0], s[1], s[2], s[3], buffer[2], second, stage, scalars);
+      param_sum.add_terms(buffer[2], count);
+      update_sum.add_terms(second, count);
+    } else {
+      update<Rule, Store>(count, gt, pt, s[0], s[1], s[2], s[3], buffer[2], stage, scalars);
+    }
     if constexpr (Store) {
       for (int i = 0; i < Rule::state_count; ++i) store_state(launch, row, head, i, offset, count, s[i]);
       store_param(launch, row, head, offset, count, pt);
     } else {
-      param_sum.add(pt, count);
-      update_sum.add(buffer[2], count);
+      if constexpr (!kTerms) {
+        param_sum.add(pt, count);
+        update_sum.add(buffer[2], count);
+      }
       if ((offset + count) % kGrainSize == 0 || done + count == n) {
         float* partial = launch.partials + 2 * (row[kGrain] + offset / kGrainSize);
         partial[0] = param_sum.total();

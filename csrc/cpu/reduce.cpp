@@ -22,6 +22,21 @@ void SquareSum::add(const float* x, int n) {
   std::memcpy(lane, &sum, sizeof sum);
 }
 
+void SquareSum::add_terms(const float* x, int n) {
+  typedef float Lanes __attribute__((vector_size(4 * kAccumulators)));
+  Lanes sum, v;
+  std::memcpy(&sum, lane, sizeof sum);
+  int i = 0;
+  for (; i + kAccumulators <= n; i += kAccumulators) {
+    std::memcpy(&v, x + i, sizeof v);
+    sum += v;
+  }
+  v = Lanes{};
+  std::memcpy(&v, x + i, size_t(n - i) * sizeof(float));
+  sum += v;
+  std::memcpy(lane, &sum, sizeof sum);
+}
+
 float SquareSum::total() const {
   double sum = 0;
   for (float x : lane) sum += x;

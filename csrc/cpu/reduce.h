@@ -11,6 +11,7 @@ struct SquareSum {
   float lane[kAccumulators] = {};
 
   void add(const float* x, int n);  // x starts at a multiple of 16 elements of the grain
+  void add_terms(const float* x, int n);  // the values themselves, in the same order
   float total() const;
 };
 

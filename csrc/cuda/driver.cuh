@@ -118,6 +118,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
     Pair square = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
+      if constexpr (Probe && has_terms<Rule>) {
+        const Pair t = terms<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
+        if (full || i < live) square.first += t.first, square.second += t.second;
+        continue;
+      }
       const float u = direction<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
       if (!Probe) {
         p[i] = epilogue(p[i], u, numbers.stage);
@@ -167,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 template <class Rule>
 const char* launch_step(const Launch& launch, void* stream) {
   if (launch.phase == kProbe) {
-    if constexpr (Rule::trust_on == Trust::update) FO_LAUNCH((step_kernel<Rule, true>), launch.n_chunks, kThreads, stream, launch);
-    else return "only a rule with a trust ratio on its update has a probe";
+    if constexpr (has_probe<Rule>) FO_LAUNCH((step_kernel<Rule, true>), launch.n_chunks, kThreads, stream, launch);
+    else return "only a rule with a trust ratio on its update, or with terms, has a probe";
   } else {
     FO_LAUNCH((step_kernel<Rule, false>), launch.n_chunks, kThreads, stream, launch);
   }

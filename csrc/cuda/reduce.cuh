@@ -30,8 +30,6 @@ FO_DEV Work make_work(const Launch& launch) {
   return w;
 }
 
-struct Pair { float first, second; };
-
 FO_DEV Pair warp_sum(Pair x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {

@@ -95,6 +95,9 @@ class ReferenceBackend(MatrixKernels):
             param_sq, grad_sq = work.sums[item.tensor_id].to(dtype, copy=True).unbind()
             g = g * rule.trust(param_sq, grad_sq * (mul * mul), **named)
 
+        if work.phase == Phase.PROBE and rule.measures is not None:
+            work.sums[item.tensor_id] = torch.stack([x.sum() for x in rule.measures.terms(g, p, *states, **named)])
+            return
         u, *states = rule.reference(g, p, *states, **named)
 
         if work.phase == Phase.PROBE:

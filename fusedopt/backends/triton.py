@@ -45,6 +45,7 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
     narrow = any(dtype != torch.float32 for dtype in (param_dtype, grad_dtype, *(form.storage for form in formats)))
     return {
         "DIRECTION": None if norm else rule.direction,
+        "TERMS": rule.measures.terms_triton if phase == Phase.PROBE and rule.measures is not None else None,
         "TRUST": None if norm else rule.trust_triton,
         "TRUST_ON": 0 if norm else _TRUST[rule.trust_on],
         **{f"F{i}": code for i, code in enumerate(codes)},

@@ -43,6 +43,11 @@ def derived() -> set[str]:
     return {name for rule in map(get_rule, list_rules()) for name in rule.derived}
 
 
+def memories() -> set[str]:
+    """Names of the numbers that registered rules keep of a tensor beside its states."""
+    return {name for rule in map(get_rule, list_rules()) for name in rule.memory}
+
+
 @dataclass
 class Shape:
     """The parameter behind an entry, as far as its states tell."""
@@ -128,6 +133,7 @@ class Piece:
             "step",
             *self.signs,
             *COMPANIONS,
+            *memories(),
             *transform_states(),
             *(s for n in self.names for s in st.scale_names(n)),
         }

@@ -49,7 +49,8 @@ def launch_options(fixed: dict, nvidia: bool) -> dict:
 def step_tile(
     p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
     mul, l2, q, lr, decay, seed, step, tensor, first_octet,
-    DIRECTION: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
+    DIRECTION: tl.constexpr, TERMS: tl.constexpr,
+    F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Prologue, direction, epilogue and stores of one tile (or its two sums, in phase PROBE)."""
@@ -75,7 +76,18 @@ def step_tile(
         s3 = load_state(p3, a3, tile, local, inside, whole, left, F3, ALIGNED)
 
     g = g * mul if PHASE == DIRECTION_ONLY else (g * mul + l2 * p) * q
-    if F3 >= 0:
+    if TERMS is not None:  # a probe's
+        if F3 >= 0:
+            a, b = TERMS(g, p, s0, s1, s2, s3, c)
+        elif F2 >= 0:
+            a, b = TERMS(g, p, s0, s1, s2, c)
+        elif F1 >= 0:
+            a, b = TERMS(g, p, s0, s1, c)
+        elif F0 >= 0:
+            a, b = TERMS(g, p, s0, c)
+        else:
+            a, b = TERMS(g, p, c)
+    elif F3 >= 0:
         u, s0, s1, s2, s3 = DIRECTION(g, p, s0, s1, s2, s3, c)
     elif F2 >= 0:
         u, s0, s1, s2 = DIRECTION(g, p, s0, s1, s2, c)
@@ -86,7 +98,10 @@ def step_tile(
     else:
         u = DIRECTION(g, p, c)
 
-    if PHASE == PROBE:
+    if TERMS is not None:
+        tl.store(grain + 2 * tile, tl.sum(tl.where(inside, a, 0.0)))
+        tl.store(grain + 2 * tile + 1, tl.sum(tl.where(inside, b, 0.0)))
+    elif PHASE == PROBE:
         u = tl.where(inside, u, 0.0)
         tl.store(grain + 2 * tile, tl.sum(p * p))
         tl.store(grain + 2 * tile + 1, tl.sum(u * u))
@@ -155,7 +170,7 @@ def norm_grains(p_row, g_row, tile, stop, grain, WITH_PARAM: tl.constexpr, ALIGN
 def step_kernel(
     table, chunks, scalars, grad_scale, found_inf, clip, partials, sums, totals, norm, counters,
     rows, live_rows, chunk, max_norm, total_index, total_count,
-    DIRECTION: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
+    DIRECTION: tl.constexpr, TERMS: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +247,7 @@ def step_kernel(
             step_tile(
                 p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
                 mul, l2, q, lr, decay, seed, step, tensor, first_octet,
-                DIRECTION, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
+                DIRECTION, TERMS, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
             )  # fmt: skip
             tile += 1
 

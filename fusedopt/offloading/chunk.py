@@ -224,4 +224,4 @@ class Chunk:
     def reads_params(self) -> list[bool]:
         """For each live member whether a step reads the parameter itself: a master weight is read in its place, except by the
         norms of LARS."""
-        return [s.precision.name != "master" or s.rule.trust_on == "gradient" for s in self.plan.slots]
+        return [s.precision.name != "master" or s.rule.takes_norms for s in self.plan.slots]

@@ -1,0 +1,186 @@
+"""Measured: numbers of whole tensors that a rule's step depends on (NovoGrad's v, Prodigy's d), computed without a host sync.
+
+A tensor whose rule has measures (fusedopt.rule.Measures) has a scalar row of its own, a copy of its group's. Sums over the
+tensor come from launches that exist for trust ratios: a norm launch, or a probe, which here sums the rule's own two terms. A
+few operations on vectors with one element a tensor make numbers of them, which are written into the rows: the kernels read
+them like any scalar, and know nothing of all this.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedopt.backends.base import RowNumbers
+from fusedopt.distributed import LocalEntry
+from fusedopt.rule import Rule
+
+FACTORS = {"lr_factor": 0, "decay_factor": 1}  # words of the row's head that they multiply
+SCALARS = 8  # the first word of the rule's own
+
+
+def check_measured(name: str, rule: Rule, group: dict) -> None:
+    """Raises ValueError for options of a group that numbers of whole tensors rule out."""
+    if rule.measures is None:
+        return
+    if group["differentiable"]:
+        raise ValueError(
+            f"{name}: differentiable=True needs a graph through the numbers that it takes of whole tensors, which are computed "
+            "without one. Use an elementwise rule (AdamW, SGD)."
+        )
+    if group["projection"] is not None:
+        raise ValueError(f"{name}: its step needs sums over the full gradient, so it takes no projection. Use AdamW.")
+
+
+def check_devices(name: str, devices: dict) -> None:
+    """Raises RuntimeError where a rule sums over tensors of several devices. devices: slots by device."""
+    if len(devices) < 2:
+        return
+    for slots in devices.values():
+        for slot in slots:
+            if slot.rule.measures is not None and slot.rule.measures.scope != "tensor":
+                raise RuntimeError(
+                    f"{name} sums over all parameters of the {slot.rule.measures.scope}, which lie on several devices "
+                    f"({', '.join(map(str, devices))}). Put them on one device, or use one optimizer for each."
+                )
+
+
+def needs_all_gradients(opt) -> bool:
+    """Whether a step of some parameters would need sums over others."""
+    rules = [opt.rule_for(group) for group in opt.param_groups]
+    return any(rule.measures is not None and rule.measures.scope != "tensor" for rule in rules)
+
+
+def _stored(entry) -> dict:
+    """The dict in the optimizer's state behind a slot's entry."""
+    return entry.stored if isinstance(entry, LocalEntry) else entry
+
+
+class _Set:
+    """Tensors that share a rule, a group and a step count: their scalars are the same but for what is measured."""
+
+    def __init__(self, slots: list, device: torch.device):
+        self.slots, self.rule, self.group = slots, slots[0].rule, slots[0].group
+        self.ids = torch.tensor([s.tensor_id for s in slots], device=device)
+        self.rows = [s.row for s in slots]
+        self.rows_index = torch.tensor(self.rows, device=device)
+        self.numel = torch.tensor([max(1, s.owner.numel()) for s in slots], dtype=torch.float64, device=device)
+
+
+class _Scope:
+    """What is summed together: the tensors of one set, or those of all sets of a rule in a group or an optimizer."""
+
+    def __init__(self, sets: list[_Set], opt, device: torch.device):
+        self.sets, self.measures = sets, sets[0].rule.measures
+        self.shared = self.measures.scope != "tensor"
+        rule = sets[0].rule
+        if not self.shared:
+            entries = [_stored(slot.entry) for slot in sets[0].slots]
+            self.memory = {
+                name: torch.stack([entry[name].to(device, torch.float64) for entry in entries]) for name in rule.memory
+            }
+            for name, values in self.memory.items():
+                for entry, value in zip(entries, values.unbind(), strict=True):
+                    entry[name] = value
+            return
+        groups = opt.param_groups if self.measures.scope == "optimizer" else [opt.param_groups[sets[0].group]]
+        entries = [opt.state[p] for group in groups for p in group["params"] if p in opt.state]
+        entries = [entry for entry in entries if rule.memory.keys() <= entry.keys()]
+        self.memory = {}
+        if rule.memory:  # one for all, which only those know that have been stepped
+            oldest = max(entries, key=lambda entry: float(entry["step"]))
+            for name in rule.memory:
+                self.memory[name] = oldest[name].to(device, torch.float64, copy=True)
+                for entry in entries:
+                    entry[name] = self.memory[name]
+
+    def take(self, function, sums: torch.Tensor, scalars, gradient_factor, found_inf) -> None:
+        """Calls a rule's `norms` or `sums` and writes what it returns into the rows of the tensors."""
+        first, second, numel = [], [], []
+        for one in self.sets:
+            pairs = sums.index_select(0, one.ids).double()
+            first.append(pairs[:, 0])
+            second.append(pairs[:, 1] if gradient_factor is None else pairs[:, 1] * gradient_factor)
+            numel.append(one.numel)
+        leader = self.sets[0]
+        numbers = scalars.numbers[leader.rows[0]]
+        c = dict(zip(leader.rule.scalar_names, numbers.scalars, strict=True))
+        c |= {"lr": numbers.lr, "step": numbers.step}
+        if self.shared:
+            sides = [torch.cat(side).sum() for side in (first, second, numel)]
+        else:
+            sides = [first[0], second[0], numel[0]]
+        memory, measured = function(self.memory, *sides[:2], {**c, "numel": sides[2]})
+        for name, new in memory.items():
+            old = self.memory[name]
+            old.copy_(new if found_inf is None else torch.where(found_inf, old, new))
+        for one in self.sets:
+            self._write(one, measured, scalars)
+
+    def _write(self, one: _Set, measured: dict, scalars) -> None:
+        names = list(one.rule.scalar_names)
+        table, count = scalars.table, len(one.slots)
+        columns = {name: value.expand(count) for name, value in measured.items()}
+        for name, values in columns.items():
+            if name in FACTORS:
+                word = FACTORS[name]
+                values = table[:, word].index_select(0, one.rows_index).double() * values
+            else:
+                word = SCALARS + names.index(name)
+            table[:, word].index_copy_(0, one.rows_index, values.to(torch.float32))
+        each = {name: values.unbind() for name, values in columns.items()}
+        for i, row in enumerate(one.rows):
+            scalars.numbers[row] = _replaced(scalars.numbers[row], names, {name: v[i] for name, v in each.items()})
+
+
+def _replaced(numbers: RowNumbers, names: list[str], measured: dict) -> RowNumbers:
+    """A row's numbers in double precision with what was measured of its tensor."""
+    values = list(numbers.scalars)
+    changes = {}
+    for name, value in measured.items():
+        if name in FACTORS:
+            field = "lr" if name == "lr_factor" else "decay"
+            changes[field] = getattr(numbers, field) * value
+        else:
+            values[names.index(name)] = value
+    return numbers._replace(scalars=tuple(values), **changes)
+
+
+class Measured:
+    """The tensors of a device whose rules have measures, their memory, and the two moments of a step that measure."""
+
+    def __init__(self, slots: list, scalars, sums: torch.Tensor, opt):
+        """scalars: the device's ScalarTable. sums: [tensor ids, 2], where norm launches and probes put theirs."""
+        self.scalars, self.sums = scalars, sums
+        device = sums.device
+        found: dict[tuple, list] = {}
+        for slot in slots:
+            found.setdefault((slot.rule.name, scalars.rows[slot.row].like), []).append(slot)
+        scopes: dict[tuple, list[_Set]] = {}
+        for i, mine in enumerate(found.values()):
+            one = _Set(mine, device)
+            place = {"tensor": ("tensor", i), "group": ("group", one.rule.name, one.group)}
+            scopes.setdefault(place.get(one.rule.measures.scope, ("optimizer", one.rule.name)), []).append(one)
+        self.scopes = [_Scope(sets, opt, device) for sets in scopes.values()]
+        self.square_factor, self.skipped = None, None
+
+    def begin(self, grad_scale, found_inf, clip) -> None:
+        """Takes what the prologue divides and multiplies gradients by (fp32 [1] or None) in this step."""
+        self.grad_scale, self.clip = grad_scale, clip
+        self.skipped = None if found_inf is None else found_inf.view(()) != 0
+
+    def take_norms(self) -> None:
+        """After the norm launches and the clip coefficient."""
+        factor = torch.ones((), dtype=torch.float64, device=self.sums.device)
+        if self.grad_scale is not None:
+            factor = factor / self.grad_scale.double().view(())
+        if self.clip is not None:
+            factor = factor * self.clip.double().view(())
+        for scope in self.scopes:
+            if scope.measures.norms is not None:
+                scope.take(scope.measures.norms, self.sums, self.scalars, factor.square(), self.skipped)
+
+    def take_sums(self) -> None:
+        """After the probes."""
+        for scope in self.scopes:
+            if scope.measures.sums is not None:
+                scope.take(scope.measures.sums, self.sums, self.scalars, None, self.skipped)
