@@ -50,6 +50,18 @@ def needs_all_gradients(opt) -> bool:
     return any(rule.measures is not None and rule.measures.scope != "tensor" for rule in rules)
 
 
+def choose(condition, a, b):
+    """a where a condition holds, else b. The condition is a number on the host, or a tensor where counts are on the device."""
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition.bool(), a, b)
+    return a if condition else b
+
+
+def after(step, first: int):
+    """1 where a step comes after another, else 0, in double precision."""
+    return (step > first).double() if isinstance(step, torch.Tensor) else float(step > first)
+
+
 def _stored(entry) -> dict:
     """The dict in the optimizer's state behind a slot's entry."""
     return entry.stored if isinstance(entry, LocalEntry) else entry
@@ -64,6 +76,10 @@ class _Set:
         self.rows = [s.row for s in slots]
         self.rows_index = torch.tensor(self.rows, device=device)
         self.numel = torch.tensor([max(1, s.owner.numel()) for s in slots], dtype=torch.float64, device=device)
+
+    def scalars(self, table) -> dict:
+        """The rule's scalars of this step by name."""
+        return dict(zip(self.rule.scalar_names, table.numbers[self.rows[0]].scalars, strict=True))
 
 
 class _Scope:
@@ -93,6 +109,11 @@ class _Scope:
                 for entry in entries:
                     entry[name] = self.memory[name]
 
+    def begin(self, scalars) -> None:
+        """Writes what the rule's `start` makes of the memory."""
+        for one in self.sets:
+            self._write(one, self.measures.start(self.memory, one.scalars(scalars)), scalars)
+
     def take(self, function, sums: torch.Tensor, scalars, gradient_factor, found_inf) -> None:
         """Calls a rule's `norms` or `sums` and writes what it returns into the rows of the tensors."""
         first, second, numel = [], [], []
@@ -101,15 +122,12 @@ class _Scope:
             first.append(pairs[:, 0])
             second.append(pairs[:, 1] if gradient_factor is None else pairs[:, 1] * gradient_factor)
             numel.append(one.numel)
-        leader = self.sets[0]
-        numbers = scalars.numbers[leader.rows[0]]
-        c = dict(zip(leader.rule.scalar_names, numbers.scalars, strict=True))
-        c |= {"lr": numbers.lr, "step": numbers.step}
+        leader = max(self.sets, key=lambda one: scalars.rows[one.rows[0]].step)
         if self.shared:
             sides = [torch.cat(side).sum() for side in (first, second, numel)]
         else:
             sides = [first[0], second[0], numel[0]]
-        memory, measured = function(self.memory, *sides[:2], {**c, "numel": sides[2]})
+        memory, measured = function(self.memory, *sides[:2], {**leader.scalars(scalars), "numel": sides[2]})
         for name, new in memory.items():
             old = self.memory[name]
             old.copy_(new if found_inf is None else torch.where(found_inf, old, new))
@@ -176,6 +194,8 @@ class Measured:
         if self.clip is not None:
             factor = factor * self.clip.double().view(())
         for scope in self.scopes:
+            if scope.measures.start is not None:
+                scope.begin(self.scalars)
             if scope.measures.norms is not None:
                 scope.take(scope.measures.norms, self.sums, self.scalars, factor.square(), self.skipped)
 

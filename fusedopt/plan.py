@@ -217,6 +217,14 @@ class DevicePlan:
         if self.clip is not None:
             self.clip.copy_(clip)
 
+    def _spared(self, bucket: Bucket) -> bool:
+        """Whether no tensor of a bucket needs the sums of a probe any more."""
+        measures = bucket.slots[0].rule.measures
+        if measures is None or measures.last_step is None:
+            return False
+        rows = self.scalars.rows
+        return all(rows[s.row].view is None and rows[s.row].step > measures.last_step for s in bucket.slots)
+
     def step(self, grads: list[torch.Tensor]) -> None:
         self.projected.before(grads)
         if self.measured is not None:
@@ -224,7 +232,7 @@ class DevicePlan:
         for phases in ((Phase.PROBE,), (Phase.FUSED, Phase.APPLY, Phase.DIRECTION)):
             for bucket in self.buckets:
                 for phase, work in bucket.works.items():
-                    if phase in phases:
+                    if phase in phases and not (phase == Phase.PROBE and self._spared(bucket)):
                         bucket.backend.launch(work)
             if self.shards is not None and Phase.PROBE in phases:
                 self.shards.trust("update", self.sums)

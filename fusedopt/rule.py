@@ -43,22 +43,27 @@ class Measures:
         "decay_factor" are none of the rule's: they multiply the learning rate and the decay of the tensor.
     memory: numbers that are kept from step to step in the state dict, and what they are at the start.
     scope: what is summed over: "tensor", "group" or "optimizer"; beyond a tensor there is one memory for all.
+    start(memory, c) -> numbers: at the beginning of a step, for what the terms need of the memory.
     norms(memory, param_sq, grad_sq, c) -> (memory, numbers): from the squared norms of the parameter and of the gradient
         (unscaled and clipped, without decay).
     sums(memory, first, second, c) -> (memory, numbers): after `norms`, from the sums of the two terms.
     terms(g, p, *states, **scalars) -> (a, b), terms_triton(g, p, *states, c) and the C++ rule's `terms`: of each element, with
         g and p as `direction` gets them.
+    last_step: the last step that needs the sums, where later ones do not (their probes are left out while counts are on the
+        host; functions must not read the sums then).
     memory and numbers are dicts by name, of float64 tensors [tensors] (scope "tensor") or 0-dim; c holds the rule's scalars
-    with lr, step and numel, each a number or such a tensor. Arithmetic only: nothing may wait for the device.
+    with numel, each a number or such a tensor; beyond a tensor those of the longest-stepped tensor's group, in `start` of each. Arithmetic only: nothing may wait for the device.
     """
 
     names: tuple[str, ...]
     memory: Mapping[str, float] = field(default_factory=dict)
     scope: str = "tensor"
+    start: Callable | None = None
     norms: Callable | None = None
     sums: Callable | None = None
     terms: Callable | None = None
     terms_triton: Any = None
+    last_step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ HYPER = {
     "sigma": 0.99,
     "warmup_steps": 5,
     "weight_lr_power": 2.0,
+    "decay_rate": 0.1,
+    "delay": 1,
+    "gamma_min": 0.1,
+    "clip": 1.0,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {
@@ -67,6 +71,7 @@ RATIOS = {
     ("rmsprop_centered_momentum", "momentum_buffer"),
     ("adopt", "exp_avg"),
     ("opt_amsgrad", "anchor"),
+    ("fadam", "exp_avg"),
 }
 TERMS = {"exadam": 2}  # quotients that a direction is the sum of, where they are more than one
 DECAY = {"adam": "decoupled", "lion": "decoupled", "lamb": "rule"}
@@ -90,7 +95,10 @@ class Problem:
             backend.launch(replace(self.work, phase=phase, cache={}))
 
 
-OWN = {"ademamix": {"betas": (0.9, 0.99, 0.999), "alpha": 5.0}}  # where the names above mean something else
+OWN = {
+    "ademamix": {"betas": (0.9, 0.99, 0.999), "alpha": 5.0},
+    "fadam": {"clip": 0.01},  # it divides quotients by their rms, which in these problems is 100 and more
+}  # where the names above mean something else
 
 
 def hyper(rule: str = "", **changes) -> dict:

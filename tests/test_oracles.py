@@ -210,6 +210,43 @@ ORACLES = {
         reductions.NovoGrad,
         combine(**ADAPTIVE, eps=[1e-8, 0.1], weight_decay=[0.0, 0.1], grad_averaging=[False, True]),
     ),
+    "sgd_sai": (reductions.SGDSaI, combine(lr=[0.02], momentum=[0.9, 0.5], eps=[1e-8, 0.1], weight_decay=[0.0, 0.1])),
+    "tvlars": (
+        reductions.TVLARS,
+        combine(
+            lr=[0.5],
+            trust_coefficient=[0.1],
+            weight_decay=[0.0, 0.1],
+            delay=[0, 4],
+            gamma_min=[0.0, 0.2],
+            decay_rate=[0.3],
+        ),
+    ),
+    "mars_adamw": (
+        reductions.MARSAdamW,
+        combine(
+            lr=[0.02],
+            betas=BETAS,
+            gamma=[0.025, 0.3],
+            eps=[1e-8, 1e-3],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "mars_lion": (
+        reductions.MARSLion,
+        combine(
+            lr=[0.02],
+            betas=[(0.9, 0.99), (0.95, 0.9)],
+            gamma=[0.025, 0.3],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "fadam": (
+        reductions.FAdam,
+        combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], clip=[1.0, 0.3]),
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [

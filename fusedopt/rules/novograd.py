@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedopt.kernels.language import jit, tl
+from fusedopt.measures import after
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_betas, check_nonnegative
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
@@ -10,7 +11,7 @@ from fusedopt.rule import Measures, Rule, State, register, register_optimizer
 
 def scalars(h, step):
     beta1, beta2 = h["betas"]
-    kept = beta2 * (step > 1)  # the first step takes the norm as it is
+    kept = beta2 * after(step, 1)  # the first step takes the norm as it is
     return beta1, 1 - beta1 if h["grad_averaging"] else 1.0, h["weight_decay"], kept, h["eps"], 1.0
 
 
