@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt import states
 from fusedopt.distributed import local
 from fusedopt.formats import Format
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, overlaps, strides_match
-from fusedopt.states import stored_shape
+from fusedopt.states import WIDE, stored_shape
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,6 +84,26 @@ def check_layout(
         entry[key] = torch.empty_strided(work.shape, work.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
             tensor
         )
+
+
+def check_formats(name: str, rule, group: dict) -> None:
+    """Raises ValueError for a narrow format that a group gives to a wide state by its name."""
+    chosen = group["state_format"]
+    for state in rule.states if isinstance(chosen, dict) else ():
+        if state.wide and chosen.get(state.name, "fp32") != "fp32":
+            raise ValueError(f"{name}: {WIDE.format(rule=rule.name, state=state.name, form=chosen[state.name])}")
+
+
+def check_projection(name: str, rule, group: dict) -> None:
+    """Raises ValueError for what is no projection, and for one that a rule cannot have."""
+    states.check_projection(group["projection"])
+    if group["projection"] is None:
+        return
+    if rule.trust_on:
+        raise ValueError(f"{name}: its trust ratio needs the full update, so it takes no projection. Use AdamW.")
+    if rule.has_positions:
+        raise ValueError(f"{name}: it steps points beside the parameter, so it takes no projection. Use AdamW.")
+    group["projection"].rule_for(rule)
 
 
 def check_positions(name: str, index: int, p: torch.Tensor, rule, projection) -> None:

@@ -10,6 +10,7 @@ import torch
 from fusedopt import checkpoint, compiled, distributed, masters
 from fusedopt import states as st
 from fusedopt.backends import select
+from fusedopt.checks import check_formats, check_projection
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
 from fusedopt.measures import check_measured
@@ -120,31 +121,11 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
             group = {**self.defaults, **param_group}
             check_measured(type(self).__name__, self.rule_for(group), group)
             self._check_projection(group)
-            self._check_formats(group)
+            check_formats(type(self).__name__, self.rule_for(group), group)
         super().add_param_group(param_group)
 
-    def _check_formats(self, group: dict) -> None:
-        rule, chosen = self.rule_for(group), group["state_format"]
-        for state in rule.states if isinstance(chosen, dict) else ():
-            if state.wide and chosen.get(state.name, "fp32") != "fp32":
-                form = chosen[state.name]
-                raise ValueError(
-                    f"{type(self).__name__}: {st.WIDE.format(rule=rule.name, state=state.name, form=form)}"
-                )
-
     def _check_projection(self, group: dict) -> None:
-        st.check_projection(group["projection"])
-        if group["projection"] is None:
-            return
-        if self.rule_for(group).trust_on:
-            raise ValueError(
-                f"{type(self).__name__}: its trust ratio needs the full update, so it takes no projection. Use AdamW."
-            )
-        if self.rule_for(group).has_positions:
-            raise ValueError(
-                f"{type(self).__name__}: it steps points beside the parameter, so it takes no projection. Use AdamW."
-            )
-        group["projection"].rule_for(self.rule_for(group))
+        check_projection(type(self).__name__, self.rule_for(group), group)
 
     # What a rule's class says
 

@@ -1,4 +1,4 @@
-"""MARS-AdamW and MARS-Lion: Yuan et al., "MARS: Unleashing the Power of Variance Reduction ..." (arXiv 2411.10438), algorithms 2, 3."""
+"""MARS-AdamW and MARS-Lion: Yuan et al., "MARS: Unleashing the Power of Variance Reduction" (arXiv 2411.10438), algorithms 2, 3."""
 
 from __future__ import annotations
 
