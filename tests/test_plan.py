@@ -456,9 +456,7 @@ def test_create_takes_parameters_and_groups():
 def test_create_errors():
     p = nn.Parameter(torch.zeros(2))
     for name in ("adamz", "adamw16bit", "8bit", "adamw8bit8bit", ""):
-        with pytest.raises(
-            ValueError, match=f"unknown optimizer '{name}'; names are .*adam, .*adamw, .*suffix 8bit"
-        ):
+        with pytest.raises(ValueError, match=f"unknown optimizer '{name}'; names are .*adam, .*adamw, .*suffix 8bit"):
             create(name, [p])
     with pytest.raises(ValueError, match="'adamw8bit' means state_format='int8', but state_format='bf16' is given"):
         create("adamw8bit", [p], state_format="bf16")

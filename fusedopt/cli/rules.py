@@ -56,11 +56,8 @@ def table() -> str:
 
 def row(name: str, cls: type) -> str:
     names, costs = states_and_costs(cls)
-    reduces = {None: "", "gradient": "norms of gradient and parameter", "update": "norms of update and parameter"}
-    opt = cls([torch.zeros(SIDE, SIDE)])
-    reductions = "rows and columns" if cls.needs_shapes else reduces[cls.rule_for(opt.param_groups[0]).trust_on]
     cells = [
-        f"`{cls.__name__}`", f"`{name}`", ", ".join(f"`{n}`" for n in names), ", ".join(costs), reductions or "none",
+        f"`{cls.__name__}`", f"`{name}`", ", ".join(names), ", ".join(costs), reductions(cls),
         "yes" if takes_projections(cls) else "no", source(cls),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -74,9 +71,26 @@ def states_and_costs(cls: type) -> tuple[list[str], list[str]]:
         p = torch.zeros(SIDE, SIDE, requires_grad=True)
         opt = cls([p], state_format=form, backend="reference")
         opt.plan()
-        names = names or [n for n, t in opt.state[p].items() if isinstance(t, torch.Tensor) and n != "step"]
+        memory = cls.rule_for(opt.param_groups[0]).memory
+        if not names:
+            names = [f"`{n}`" for n in opt.state[p] if n != "step" and n not in memory]
+            names += [f"`{n}` (a number)" for n in memory]
         costs.append(f"{state_bytes(opt) / p.numel():.3g}")
     return names, costs[:1] if len(set(costs)) == 1 else costs
+
+
+def reductions(cls: type) -> str:
+    """What a step sums over before it updates."""
+    if cls.needs_shapes:
+        return "rows and columns"
+    opt = cls([torch.zeros(SIDE, SIDE)])
+    rule = cls.rule_for(opt.param_groups[0])
+    if rule.measures is not None:
+        return {"tensor": "sums of a tensor", "group": "sums of a group"}.get(
+            rule.measures.scope, "sums of all tensors"
+        )
+    norms = {"gradient": "norms of gradient and parameter", "update": "norms of update and parameter"}
+    return norms.get(rule.trust_on, "none")
 
 
 def takes_projections(cls: type) -> bool:
@@ -89,7 +103,10 @@ def takes_projections(cls: type) -> bool:
 
 def source(cls: type) -> str:
     """The paper that a class's docstring names, without what is said of the implementation."""
-    found = re.search(r"Source: (.+?)(?:, (?:as|with|which)\b|;|\(|\.?\n\n|\.?$)", inspect.getdoc(cls), re.DOTALL)
+    ends = r", (?:as|with|which|where|in its)\b|, weighted|;|\.\s|\.?$"
+    found = re.search(
+        rf"Source: (arXiv [^(]+?|.+?)(?: \(with| \(which| \(without|{ends})", inspect.getdoc(cls), re.DOTALL
+    )
     if found is None:
         raise ValueError(f"the docstring of {cls.__name__} has no source")
     return " ".join(found.group(1).split()).rstrip(".")
