@@ -10,6 +10,7 @@ from fusedopt.numerics import NonFiniteError, check_numerics
 from fusedopt.offloading import offload
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import list_precisions
+from fusedopt.prediction import predicted_weights
 from fusedopt.projected_linear import projected_linear
 from fusedopt.projections import (
     DCT,
@@ -74,6 +75,7 @@ __all__ = [
     "load_checkpoint",
     "offload",
     "override",
+    "predicted_weights",
     "projected_linear",
     "quantize_blockwise",
     "quantize_weights_",

@@ -48,6 +48,7 @@ CONFIGS = [
     Config("madgrad", "madgrad", {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-20}),
     Config("schedulefree_sgd", "schedulefree_sgd", {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 3}),
     Config("schedulefree_adamw", "schedulefree_adamw", {"lr": 0.02, "weight_decay": 0.1}),
+    Config("adamw_cautious", "adamw", {"lr": 0.02, "weight_decay": 0.1, "cautious": True}),
     Config("lars", "lars", {"lr": 0.3, "weight_decay": 0.01, "trust_coefficient": 0.05}),
     Config("lars_plain", "lars", {"lr": 0.3, "momentum": 0.0, "weight_decay": 0.01, "trust_coefficient": 0.05}),
     Config("lamb", "lamb", {"lr": 0.02, "weight_decay": 0.1}),

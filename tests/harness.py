@@ -52,6 +52,8 @@ HYPER = {
     "beta": 0.9,
     "sigma": 0.99,
     "warmup_steps": 5,
+    "cautious": "count",
+    "centered_after": 5,
     "weight_lr_power": 2.0,
     "decay_rate": 0.1,
     "delay": 1,
@@ -63,6 +65,7 @@ REACHABLE = {
     "adabelief": lambda s: s["exp_avg_var"].add_(1e-4),  # (g - m)^2 takes its share of the rounding of g
     "adamax": lambda s: s["exp_inf"].add_(s["exp_avg"].abs()),
     "rmsprop_centered": lambda s: s["square_avg"].add_(2 * s["grad_avg"].square()),
+    "laprop_centered": lambda s: s["exp_avg_sq"].add_(2 * s["grad_avg"].square()),
     "rmsprop_centered_momentum": lambda s: s["square_avg"].add_(2 * s["grad_avg"].square()),
 }
 # States that hold quotients as the direction does: they err as it does.
@@ -72,6 +75,9 @@ RATIOS = {
     ("adopt", "exp_avg"),
     ("opt_amsgrad", "anchor"),
     ("fadam", "exp_avg"),
+    ("laprop", "exp_avg"),
+    ("laprop_amsgrad", "exp_avg"),
+    ("laprop_centered", "exp_avg"),
 }
 TERMS = {"exadam": 2}  # quotients that a direction is the sum of, where they are more than one
 DECAY = {"adam": "decoupled", "lion": "decoupled", "lamb": "rule"}

@@ -159,6 +159,7 @@ def trust_ratios():
     assert_pairs_close(fusedopt.LAMB, lr=0.02, weight_decay=0.1, clip_grad_norm=None)
     assert_pairs_close(fusedopt.LAMB, lr=0.02, weight_decay=0.1, clip_grad_norm=None, backend="reference")
     assert_pairs_close(fusedopt.LARS, lr=0.3, weight_decay=0.01, trust_coefficient=0.05)
+    assert_pairs_close(fusedopt.AdamW, lr=0.01, weight_decay=0.1, cautious=True)
 
 
 def clipping():

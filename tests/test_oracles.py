@@ -56,6 +56,18 @@ def lion(params, **options):
     return lion_pytorch.Lion(params, **options)
 
 
+def either(plain, cautious):
+    """The oracle of a class whose updates may be masked."""
+
+    def make(params, **options):
+        return (cautious if options.get("cautious") else plain)(params, **options)
+
+    return make
+
+
+CAUTIOUS = {"cautious": [True, "mean", "count"], "weight_decay": [0.0, 0.1], "maximize": [False, True]}
+
+
 class adafactor:
     """The transcription of one tensor, over several."""
 
@@ -108,10 +120,16 @@ ADAPTIVE = {"lr": [0.02], "betas": BETAS}
 
 # optimizer class -> (oracle, cases)
 ORACLES = {
-    "adam": (torch.optim.Adam, ADAM),
-    "adamw": (torch.optim.AdamW, ADAM),
+    "adam": (
+        either(torch.optim.Adam, elementwise.CautiousAdam),
+        ADAM + combine(lr=[0.02], betas=[(0.8, 0.95)], amsgrad=[False, True], **CAUTIOUS),
+    ),
+    "adamw": (
+        either(torch.optim.AdamW, elementwise.CautiousAdamW),
+        ADAM + combine(lr=[0.02], betas=[(0.8, 0.95)], amsgrad=[False, True], **CAUTIOUS),
+    ),
     "sgd": (torch.optim.SGD, SGD),
-    "lion": (lion, LION),
+    "lion": (either(lion, elementwise.CautiousLion), LION + combine(lr=[0.01], betas=[(0.6, 0.7)], **CAUTIOUS)),
     "lars": (LARS, LARS_CASES),
     "lamb": (LAMB, LAMB_CASES),
     "adafactor": (adafactor, ADAFACTOR_CASES),
@@ -195,6 +213,11 @@ ORACLES = {
     "opt_amsgrad": (
         elementwise.OptAMSGrad,
         combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "laprop": (
+        elementwise.LaProp,
+        combine(**ADAPTIVE, eps=[1e-15, 1e-2], weight_decay=[0.0, 0.1], amsgrad=[False, True], maximize=[False, True])
+        + combine(**ADAPTIVE, eps=[1e-3], centered=[True], centered_after=[0, 6]),
     ),
     "schedulefree_sgd": (
         elementwise.ScheduleFree,
@@ -302,7 +325,10 @@ def test_reference_matches_oracle(name, oracle, options):
         assert relative_error(a.detach() - p0, b.detach() - p0) <= 1e-9, f"tensor {i}"
 
 
-@pytest.mark.parametrize("name, oracle, options", [c for c in CASES if c.values[0] in ("adam", "adamw", "sgd")])
+@pytest.mark.parametrize(
+    "name, oracle, options",
+    [c for c in CASES if c.values[0] in ("adam", "adamw", "sgd") and not c.values[2].get("cautious")],
+)
 def test_states_match_torch(name, oracle, options):
     mine, theirs = make_params(), make_params()
     opt, other = optimizers()[name](mine, backend="reference", **options), oracle(theirs, **options)
@@ -357,6 +383,44 @@ def test_transcription_matches_timm(name):
             two.step()
         for x, y in zip(a, b, strict=True):
             assert relative_error(x.detach(), y.detach()) <= 1e-9, options
+
+
+@pytest.mark.parametrize(
+    "name, form, theirs",
+    [("AdamW", "mean", "timm"), ("Lion", "mean", "timm"), ("Lion", "count", "pytorch_optimizer")],
+)
+def test_cautious_matches_packages(name, form, theirs):
+    """timm takes the mean for every rule, pytorch_optimizer the count."""
+    common = {"lr": 0.02, "weight_decay": 0.1}
+    a, b = make_params(), make_params()
+    if theirs == "timm":
+        module = pytest.importorskip(f"timm.optim.{name.lower()}", exc_type=ImportError)
+        two = getattr(module, "AdamWLegacy" if name == "AdamW" else name)(b, caution=True, **common)
+    else:
+        two = package(name)(b, cautious=True, **common)
+    one = getattr(fusedopt, name)(a, cautious=form, **common)
+    for step in range(STEPS):
+        set_grads(a, step)
+        set_grads(b, step)
+        one.step()
+        two.step()
+    for x, y in zip(a, b, strict=True):
+        assert relative_error(x.detach(), y.detach()) <= 1e-6
+
+
+def test_cautious_lets_nothing_against_the_gradient_pass():
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = fusedopt.AdamW([p], lr=0.1, weight_decay=0.0, cautious=True)
+    for g in ([1.0, 1.0, 1.0, 0.0], [1.0, -1e-3, 1.0, 0.0]):
+        before = p.detach().clone()
+        p.grad = torch.tensor(g)
+        opt.step()
+    assert (p.detach() == before).tolist() == [False, True, False, True]
+    assert (before - p.detach())[0] == pytest.approx(0.1 * 4 / 2, rel=1e-5)  # two of four elements move
+    with pytest.raises(ValueError, match="cautious value: 'half'; it is False, True, 'mean' or 'count'"):
+        fusedopt.Lion([p], cautious="half")
+    with pytest.raises(ValueError, match="AdamW: .* takes no projection"):
+        fusedopt.AdamW([p], cautious=True, projection=fusedopt.GaLore(rank=4))
 
 
 SCHEDULE_FREE = [("schedulefree_sgd", "ScheduleFreeSGD"), ("schedulefree_adamw", "ScheduleFreeAdamW")]

@@ -1,6 +1,6 @@
 // Lion: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675), algorithm 2.
 #pragma once
-#include "../scalar.h"
+#include "cautious.h"
 
 namespace fo {
 
@@ -16,6 +16,21 @@ struct Lion : Elementwise {
   }
 };
 
+struct LionCautious : Cautious {
+  FO_NAME("lion_cautious")
+  FO_STATES(exp_avg)
+  FO_SCALARS(beta1, weight1, beta2, weight2, kept_add, kept_floor)
+
+  static FO_HD float blind(float g, float p, float& exp_avg, const Scalars& c) {
+    return Lion::direction(g, p, exp_avg, {c.beta1, c.weight1, c.beta2, c.weight2});
+  }
+
+  static FO_HD Pair terms(float g, float p, float exp_avg, const Scalars& c) { return {1.f, agree(blind(g, p, exp_avg, c), g)}; }
+
+  static FO_HD float direction(float g, float p, float& exp_avg, const Scalars& c) { return keep(blind(g, p, exp_avg, c), g); }
+};
+
 }  // namespace fo
 
 FO_RULE(Lion)
+FO_RULE(LionCautious)

@@ -162,7 +162,9 @@ def to_bitsandbytes(native: dict) -> dict:
 
 
 def _bitsandbytes_group(index: int, group: dict) -> dict:
-    lacking = [k for k in ("amsgrad", "nesterov", "dampening", "maximize", "trust_coefficient") if group.get(k)]
+    lacking = [
+        k for k in ("amsgrad", "nesterov", "dampening", "maximize", "trust_coefficient", "cautious") if group.get(k)
+    ]
     if lacking or "momentum" in group and not group["momentum"]:
         raise ValueError(
             f"to_bitsandbytes: group {index} has {', '.join(lacking) or 'momentum=0'}, which bitsandbytes does not have. "
@@ -170,7 +172,7 @@ def _bitsandbytes_group(index: int, group: dict) -> dict:
         )
     own = {
         "amsgrad", "nesterov", "dampening", "momentum", "maximize", "foreach", "fused", "capturable", "differentiable",
-        "decoupled_weight_decay", *st.OWN_OPTIONS,
+        "decoupled_weight_decay", "cautious", *st.OWN_OPTIONS,
     }  # fmt: skip
     out = {k: deepcopy(v) for k, v in group.items() if k not in own}
     betas = (group["momentum"], 0.0) if "momentum" in group else tuple(float(b) for b in group["betas"])

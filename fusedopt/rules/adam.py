@@ -8,6 +8,7 @@ from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_betas, check_nonnegative
 from fusedopt.rule import Rule, State, register, register_optimizer
+from fusedopt.rules.cautious import agree, cautious, check_cautious, keep
 
 NAMES = ("beta1", "weight1", "beta2", "weight2", "debias1", "debias2_sqrt", "eps")
 
@@ -69,6 +70,34 @@ AMSGRAD = register(
 )
 
 
+@jit
+def direction_cautious(g, p, exp_avg, exp_avg_sq, c):
+    u, exp_avg, exp_avg_sq = direction(g, p, exp_avg, exp_avg_sq, c)
+    return keep(u, g), exp_avg, exp_avg_sq
+
+
+@jit
+def direction_amsgrad_cautious(g, p, exp_avg, exp_avg_sq, max_exp_avg_sq, c):
+    u, exp_avg, exp_avg_sq, max_exp_avg_sq = direction_amsgrad(g, p, exp_avg, exp_avg_sq, max_exp_avg_sq, c)
+    return keep(u, g), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@jit
+def terms(g, p, exp_avg, exp_avg_sq, c):
+    u, _, _ = direction(g, p, exp_avg, exp_avg_sq, c)
+    return p * 0.0 + 1.0, agree(u, g)
+
+
+@jit
+def terms_amsgrad(g, p, exp_avg, exp_avg_sq, max_exp_avg_sq, c):
+    u, _, _, _ = direction_amsgrad(g, p, exp_avg, exp_avg_sq, max_exp_avg_sq, c)
+    return p * 0.0 + 1.0, agree(u, g)
+
+
+ADAM_CAUTIOUS = register(cautious(ADAM, "mean", direction_cautious, terms))
+AMSGRAD_CAUTIOUS = register(cautious(AMSGRAD, "mean", direction_amsgrad_cautious, terms_amsgrad))
+
+
 @register_optimizer("adam")
 class Adam(FusedOptimizer):
     """Adam with coupled (L2) weight decay, as `torch.optim.Adam`.
@@ -85,23 +114,30 @@ class Adam(FusedOptimizer):
         eps: added to the denominator.
         weight_decay: L2 coefficient.
         amsgrad: use the running maximum of v in the denominator.
+        cautious: move only where the update has the gradient's sign, scaled by 1 / max(kept / n, 1e-3) of a tensor's n elements
+            ("mean", also True) or n / (kept + 1) ("count"). Takes a second pass over the states and no projection.
         **options: shared options, see `FusedOptimizer`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
-    Source: arXiv 1412.6980, algorithm 1; AMSGrad: arXiv 1904.09237, algorithm 2 (with torch's bias correction).
+    Source: arXiv 1412.6980, algorithm 1; AMSGrad: arXiv 1904.09237, algorithm 2 (with torch's bias correction); cautious: arXiv
+        2411.16085, algorithm 1.
     """
 
     decay_mode = "coupled"
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, **options):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *,
+                 cautious=False, **options):  # fmt: skip
         check_betas(betas, options)
         check_nonnegative(eps, "epsilon value")
+        check_cautious(cautious)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, **options)
+        super().__init__(params, {**defaults, "cautious": cautious}, **options)
 
     @classmethod
     def rule_for(cls, group) -> Rule:
+        if group["cautious"]:
+            return AMSGRAD_CAUTIOUS if group["amsgrad"] else ADAM_CAUTIOUS
         return AMSGRAD if group["amsgrad"] else ADAM
 
 
@@ -116,5 +152,6 @@ class AdamW(Adam):
 
     decay_mode = "decoupled"
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *,
+                 cautious=False, **options):  # fmt: skip
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, cautious=cautious, **options)

@@ -79,8 +79,8 @@ INNAPROP = register(
 @register_optimizer("innaprop")
 class INNAprop(FusedOptimizer):
     """INNAprop: a damped second-order dynamic (INNA) on gradients scaled as in RMSprop, without second derivatives:
-    p <- (1 - lr weight_decay) p, psi <- (1 - lr / beta) psi + lr (1 / beta - alpha) p,
-    p <- p + lr / (beta - lr) * ((1 - alpha beta) p - psi) - lr beta g / (sqrt(v / (1 - sigma^t)) + eps).
+    p = (1 - lr weight_decay) p, psi = (1 - lr / beta) psi + lr (1 / beta - alpha) p,
+    p = p + lr / (beta - lr) * ((1 - alpha beta) p - psi) - lr beta g / (sqrt(v / (1 - sigma^t)) + eps).
 
     In place of AdamW where its loss curve is bumpy: beta damps along the curvature, alpha along the velocity, with two states.
 

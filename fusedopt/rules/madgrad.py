@@ -96,7 +96,7 @@ MADGRAD_MOMENTUM = register(
 
 @register_optimizer("madgrad")
 class MADGRAD(FusedOptimizer):
-    """MADGRAD: p <- momentum p + (1 - momentum) z, z = x0 - s / (v^(1/3) + eps), with s and v the sums of all
+    """MADGRAD: p = momentum p + (1 - momentum) z, z = x0 - s / (v^(1/3) + eps), with s and v the sums of all
     (lr + eps) sqrt(t) g and (lr + eps) sqrt(t) g^2 so far and x0 the parameter before the first step.
 
     For problems where SGD generalises better than Adam: dual averaging with a cube root in place of the square root. Needs less

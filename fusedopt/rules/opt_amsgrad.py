@@ -57,7 +57,7 @@ OPT_AMSGRAD = register(
 
 @register_optimizer("opt_amsgrad")
 class OptAMSGrad(FusedOptimizer):
-    """Optimistic AMSGrad: w <- w - lr m / (sqrt(v_max) + eps), p = w - lr (beta1 m + (1 - beta1) g) / (sqrt(v_max) + eps):
+    """Optimistic AMSGrad: w = w - lr m / (sqrt(v_max) + eps), p = w - lr (beta1 m + (1 - beta1) g) / (sqrt(v_max) + eps):
     beside AMSGrad's own point w, the parameter is where the next step is expected to lead.
 
     For games and other problems whose gradients can be predicted, where plain momentum circles. Without bias correction.

@@ -168,7 +168,7 @@ def _check(interpolation, what: str, warmup_steps: int, weight_lr_power: float) 
 
 @register_optimizer("schedulefree_sgd")
 class ScheduleFreeSGD(ScheduleFree):
-    """Schedule-free SGD: z <- z - lr (g + weight_decay y), x <- (1 - c_t) x + c_t z, y <- (1 - momentum) z + momentum x, with
+    """Schedule-free SGD: z = z - lr (g + weight_decay y), x = (1 - c_t) x + c_t z, y = (1 - momentum) z + momentum x, with
     c_t the weight of step t over that of all so far. Gradients are taken at y, the parameter; x is the result.
 
     In place of SGD with a schedule, where the length of the run is not known: x is as good as after a decay at every step.
@@ -203,7 +203,7 @@ class ScheduleFreeSGD(ScheduleFree):
 
 @register_optimizer("schedulefree_adamw")
 class ScheduleFreeAdamW(ScheduleFree):
-    """Schedule-free AdamW: `ScheduleFreeSGD` with g / (sqrt(v / (1 - beta2^t)) + eps) in place of g.
+    """Schedule-free AdamW: `ScheduleFreeSGD` on d = g / (sqrt(v / (1 - beta2^t)) + eps) in place of g.
 
     In place of AdamW with a schedule, with the same memory: z instead of the first moment. Begin with AdamW's learning rate.
 

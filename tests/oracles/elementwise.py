@@ -219,3 +219,57 @@ class ScheduleFreeAdamW(ScheduleFree):
     def scaled(self, g, t, state):
         v = ema(state, "v", g * g, self.betas[1])
         return g / ((v / (1 - self.betas[1] ** t)).sqrt() + self.eps)
+
+
+def cautiously(u, g, form):
+    """arXiv 2411.16085, algorithm 1; "mean" and "count" are the normalisations of its code for AdamW and for Lion."""
+    mask = (u * g > 0).to(g.dtype)
+    scale = 1 / torch.clamp(mask.mean(), min=1e-3) if form == "mean" else mask.numel() / (mask.sum() + 1)
+    return u * mask * scale
+
+
+class CautiousAdamW(Transcription):
+    """arXiv 2411.16085, algorithm 2."""
+
+    betas, eps, amsgrad, cautious = (0.9, 0.999), 1e-8, False, True
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+        if self.amsgrad:
+            v = state["v_max"] = torch.max(state.get("v_max", torch.zeros_like(v)), v)
+        u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+        return theta - self.lr * cautiously(u, g, "mean" if self.cautious is True else self.cautious)
+
+
+class CautiousAdam(CautiousAdamW):
+    decay = "l2"
+
+
+class CautiousLion(Transcription):
+    """arXiv 2411.16085, Lion of table 1."""
+
+    betas, cautious = (0.9, 0.99), True
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        m = state.get("m", torch.zeros_like(g))
+        u = torch.sign(b1 * m + (1 - b1) * g)
+        ema(state, "m", g, b2)
+        return theta - self.lr * cautiously(u, g, "count" if self.cautious is True else self.cautious)
+
+
+class LaProp(Transcription):
+    """arXiv 2002.04839, algorithm 1, with the flags of its code."""
+
+    betas, eps, amsgrad, centered, centered_after = (0.9, 0.999), 1e-15, False, False, 10
+
+    def update(self, theta, g, t, state):
+        b1, b2 = self.betas
+        w, n = ema(state, "v", g * g, b2), ema(state, "n", g, b2)
+        if self.centered and t > self.centered_after:
+            w = torch.clamp(w - n * n, min=0)
+        if self.amsgrad:
+            w = state["v_max"] = torch.max(state.get("v_max", torch.zeros_like(w)), w)
+        m = ema(state, "m", g / ((w / (1 - b2**t)).sqrt() + self.eps), b1)
+        return theta - self.lr * m / (1 - b1**t)
