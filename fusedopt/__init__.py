@@ -30,6 +30,9 @@ from fusedopt.rule import list_rules
 from fusedopt.state_files import export_states, import_states
 from fusedopt.states import override, state_bytes
 from fusedopt.transforms import TRANSFORMS, list_transforms
+from fusedopt.transforms.losses import auxiliary_backward, pcgrad
+from fusedopt.transforms.private import batch_size_tests, private_gradients
+from fusedopt.transforms.rates import GradES
 from fusedopt.transforms.zeroth import Direction, ZerothOrder, apply_directions
 from fusedopt.weights import Int8Weight, quantize_weights_
 
@@ -51,6 +54,7 @@ __all__ = [
     "Direction",
     "FusedOptimizer",
     "GaLore",
+    "GradES",
     "Int8Weight",
     "QGaLore",
     "NonFiniteError",
@@ -59,6 +63,8 @@ __all__ = [
     "SubspaceMomentum",
     "ZerothOrder",
     "apply_directions",
+    "auxiliary_backward",
+    "batch_size_tests",
     "check_numerics",
     "clip_grad_norm_",
     "create",
@@ -75,7 +81,9 @@ __all__ = [
     "load_checkpoint",
     "offload",
     "override",
+    "pcgrad",
     "predicted_weights",
+    "private_gradients",
     "projected_linear",
     "quantize_blockwise",
     "quantize_weights_",

@@ -42,6 +42,9 @@ class Transform:
         """States it keeps for a parameter, by name: fp32 (fp64 of an fp64 parameter), all zero at first."""
         return dict.fromkeys(self.keeps, tuple(p.shape))
 
+    def ready(self, batches: list[Batch]) -> None:
+        """Raises ValueError where something that the step needs is missing; called before any transform changes anything."""
+
     def before(self, batches: list[Batch]) -> None:
         """Changes the gradients, in place."""
         for batch in batches:
@@ -367,6 +370,8 @@ class Applied:
             return  # the plan will not run either
         self._batches = batches(opt, plan, grads, found)
         if self._batches:
+            for t in self._transforms:
+                t.ready(self._batches)
             for t in self._transforms:
                 t.before(self._batches)
 

@@ -93,6 +93,13 @@ class ClipComponents(Transform):
     def scope(self) -> str:
         return "model" if self.components else "tensor"
 
+    def ready(self, batches: list[Batch]) -> None:
+        if self.components and any(name is None for batch in batches for name in batch.names):
+            raise ValueError(
+                "ClipComponents: components are chosen by name, and the optimizer has none. Create it with "
+                "model.named_parameters()."
+            )
+
     def before(self, batches: list[Batch]) -> None:
         squares = [batch.square_norms(batch.grads) for batch in batches]
         if self.components:
@@ -105,11 +112,6 @@ class ClipComponents(Transform):
         numbers, alone = [], len(parts)
         for batch in batches:
             for name in batch.names:
-                if name is None:
-                    raise ValueError(
-                        "ClipComponents: components are chosen by name, and the optimizer has none. Create it with "
-                        "model.named_parameters()."
-                    )
                 found = next((i for i, part in enumerate(parts) if part in name), None)
                 numbers.append(alone if found is None else found)
                 alone += found is None

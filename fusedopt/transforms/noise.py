@@ -22,12 +22,13 @@ def key_of(seed: int, purpose: int) -> int:
 
 
 @torch.no_grad()
-def add_noise_(x: torch.Tensor, factor: torch.Tensor | float, key: int, tensor_id: int, step: int) -> torch.Tensor:
+def add_noise_(x: torch.Tensor, factor: torch.Tensor | float, key: int, tensor_id: int, step) -> torch.Tensor:
     """x += factor z in place, z ~ N(0, 1), in one launch on a GPU; 16-bit x is rounded to nearest.
 
     Args:
         x: a floating-point tensor of any layout. factor: a number, or a 1-element tensor on x's device.
-        key, tensor_id, step: which numbers. step below 2^31.
+        key, tensor_id, step: which numbers. step: below 2^31; a tensor on the device is drawn by torch, in some
+            hundred launches.
     """
     if not is_dense(x):
         return x.copy_(add_noise_(x.contiguous(), factor, key, tensor_id, step))
@@ -48,11 +49,15 @@ def add_noise_(x: torch.Tensor, factor: torch.Tensor | float, key: int, tensor_i
     return x
 
 
-def _launched(x: torch.Tensor, factor: torch.Tensor, key: int, tensor_id: int, step: int) -> bool:
+def _launched(x: torch.Tensor, factor: torch.Tensor, key: int, tensor_id: int, step) -> bool:
     """Whether a kernel did it."""
     from fusedopt.backends.select import get_backend
 
-    if x.device.type not in ("cuda", "xpu") or get_backend("triton").reason() is not None:
+    if (
+        isinstance(step, torch.Tensor)
+        or x.device.type not in ("cuda", "xpu")
+        or get_backend("triton").reason() is not None
+    ):
         return False
     launch(x, factor, key, tensor_id, step)
     return True

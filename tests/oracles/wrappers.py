@@ -1,0 +1,115 @@
+"""What goes around a step, from its papers' equations: objects that are called before a step, with `after(params, lr)`.
+
+`lr` is given at construction to those that act before the step.
+"""
+
+import torch
+
+
+class Lookahead:
+    """arXiv 1907.08610, algorithm 1."""
+
+    def __init__(self, every=5, alpha=0.5):
+        self.every, self.alpha, self.slow, self.steps = every, alpha, None, 0
+
+    def __call__(self, params):
+        if self.slow is None:
+            self.slow = [p.detach().clone() for p in params]
+
+    def after(self, params, lr):
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        for p, slow in zip(params, self.slow, strict=True):
+            slow += self.alpha * (p.detach() - slow)
+            p.data.copy_(slow)
+
+
+class LAWN:
+    def __init__(self, free_steps=0):
+        self.free, self.steps, self.norms = free_steps, 0, None
+
+    def __call__(self, params):
+        self.bound = self.steps >= self.free
+        self.steps += 1
+        if not self.bound:
+            return
+        if self.norms is None:
+            self.norms = [torch.linalg.norm(p.detach()) for p in params]
+        for p in params:
+            w = p.detach().flatten() / torch.linalg.norm(p.detach())
+            p.grad = p.grad - (torch.dot(w, p.grad.flatten()) * w).view(p.shape)
+
+    def after(self, params, lr):
+        if self.bound:
+            for p, norm in zip(params, self.norms, strict=True):
+                p.data.mul_(norm / torch.linalg.norm(p.detach()))
+
+
+class Layca:
+    """arXiv 1806.01603: the base step gives the direction only."""
+
+    first = None
+
+    def __call__(self, params):
+        self.old = [p.detach().clone() for p in params]
+        if self.first is None:
+            self.first = [torch.linalg.norm(w) for w in self.old]
+
+    def after(self, params, lr):
+        for p, w, norm in zip(params, self.old, self.first, strict=True):
+            s = (p.detach() - w).flatten()
+            unit = w.flatten() / torch.linalg.norm(w)
+            s = s - torch.dot(s, unit) * unit
+            s = s / torch.linalg.norm(s) * torch.linalg.norm(w)
+            new = w + lr * s.view(w.shape)
+            p.data.copy_(new * norm / torch.linalg.norm(new))
+
+
+class QuantizationPull:
+    def __init__(self, kappa=1.0, silent=0, ramp=1, bits=4):
+        self.kappa, self.silent, self.ramp, self.bits, self.steps = kappa, silent, ramp, bits, 0
+
+    def __call__(self, params):
+        pass
+
+    def after(self, params, lr):
+        self.steps += 1
+        kappa = self.kappa * min(1.0, max(0.0, (self.steps - self.silent) / self.ramp))
+        levels = 2 ** (self.bits - 1) - 1
+        for p in params:
+            rows = p.data.flatten(1) if p.dim() > 1 else p.data[None]
+            for row in rows:  # views
+                step = float(row.abs().max()) / levels
+                rounded = torch.tensor([round(float(x) / step) * step for x in row], dtype=p.dtype)
+                row -= lr * kappa * (row - rounded)
+
+
+class NormLoss:
+    """arXiv 2103.06583, with the unit norms of Ranger21."""
+
+    def __init__(self, lr, factor=1e-4, eps=1e-8):
+        self.lr, self.factor, self.eps = lr, factor, eps
+
+    def __call__(self, params):
+        for p in params:
+            w = p.data
+            norm = w.square().sum().sqrt() if w.dim() < 2 else w.square().sum(tuple(range(1, w.dim())), True).sqrt()
+            w.mul_(1 - 2 * self.lr * self.factor * (1 - 1 / (norm + self.eps)))
+
+
+class StableDecay:
+    """arXiv 2011.11152, with an Adam's second moment of its own."""
+
+    def __init__(self, lr, decay=1e-4, beta2=0.999):
+        self.lr, self.decay, self.beta2, self.steps, self.v = lr, decay, beta2, 0, None
+
+    def __call__(self, params):
+        self.steps += 1
+        self.v = self.v or [torch.zeros_like(p).detach() for p in params]
+        for v, p in zip(self.v, params, strict=True):
+            v.mul_(self.beta2).addcmul_(p.grad, p.grad, value=1 - self.beta2)
+        total = sum(float(v.sum()) for v in self.v) / (1 - self.beta2**self.steps)
+        sigma = (total / sum(v.numel() for v in self.v)) ** 0.5
+        for p in params:
+            p.data.mul_(1 - self.lr * self.decay / sigma)
