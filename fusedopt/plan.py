@@ -244,10 +244,11 @@ class DevicePlan:
 class Plan:
     """The launches of one optimizer for the parameters that have gradients now."""
 
+    constants: dict  # of gradient transforms, on the devices
     pool: ScratchPool | None = None  # what the projected steps of several plans share
 
     def __init__(self, opt, params: list[torch.Tensor], grads: list[torch.Tensor | None]):
-        self.opt = opt
+        self.opt, self.constants = opt, {}
         self.params = params
         self.missing = [g is None for g in grads]
         live = [g for g in grads if g is not None]

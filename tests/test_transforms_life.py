@@ -187,6 +187,34 @@ def test_int8_weights():
         opt.step()
 
 
+def test_int8_weights_take_transforms_that_do_not_read_them():
+    layers = [nn.Linear(64, 64, bias=False) for _ in "12"]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, transforms in zip(layers, ([tf.ClipValue(1e-3), tf.Grokfast(amplify=0.0)], []), strict=True):
+        fusedopt.quantize_weights_(layer)
+        opt = fusedopt.AdamW(layer.parameters(), lr=0.01, gradient_transforms=transforms)
+        for step in range(3):
+            layer.zero_grad()
+            layer(torch.randn(3, 64, generator=torch.Generator().manual_seed(step))).sum().backward()
+            if not transforms:
+                layer.weight.grad.clamp_(-1e-3, 1e-3)
+            opt.step()
+    assert_same_bits([layers[0].weight.dequantize()], [layers[1].weight.dequantize()])
+
+
+def test_states_travel_through_files(tmp_path):
+    one, two = model(), model()
+    opts = [adamw(net, tf.Grokfast(), tf.Lookahead()) for net in (one, two)]
+    loss(one, 0).backward()
+    opts[0].step()
+    fusedopt.export_states(opts[0], tmp_path / "states.safetensors", one)
+    fusedopt.import_states(opts[1], tmp_path / "states.safetensors", two)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert opts[0].state[p].keys() == opts[1].state[q].keys()
+        names = sorted(opts[0].state[p])
+        assert_same_bits([opts[1].state[q][n] for n in names], [opts[0].state[p][n] for n in names])
+
+
 # Processes
 
 
@@ -199,6 +227,9 @@ def _sharded() -> None:
         (tf.ClipValue(0.3), tf.ClipComponents(0.5)),
         (tf.Centralize(), tf.AdaptiveClip(0.1)),
         (tf.Normalize(), tf.UnitNorm(per="unit")),
+        (tf.Lookahead(every=2), tf.NormLoss(factor=0.1), tf.StableDecay(decay=0.1)),
+        (tf.LAWN(free_steps=1),),
+        (tf.Layca(),),
     ]
     for transforms in names:
         split, together = sm.sharded(), sm.build()
@@ -209,9 +240,19 @@ def _sharded() -> None:
                 opt.step()
         for p, q in zip(split.parameters(), together.parameters(), strict=True):
             torch.testing.assert_close(sm.whole(p), q.detach(), rtol=1e-5, atol=1e-6)
-    state = opts[0].state_dict()
-    again = fusedopt.AdamW(split.parameters(), lr=0.01, gradient_transforms=transforms)
-    again.load_state_dict(state)
+        again = fusedopt.AdamW(split.parameters(), lr=0.01, gradient_transforms=transforms)
+        again.load_state_dict(opts[0].state_dict())
+    lr = torch.tensor(0.01)
+    split, together = sm.sharded(), sm.build()
+    watch = (tf.Hypergradient(rate=1e-4), tf.ClipComponents(1.0))
+    rates = []
+    for net in (split, together):
+        opt = fusedopt.SGD(net.parameters(), lr=lr.clone(), gradient_transforms=watch)
+        for step in range(4):
+            sm.set_whole_grads(net, step)
+            opt.step()
+        rates.append(float(opt.param_groups[0]["lr"]))
+    assert abs(rates[0] - rates[1]) <= 1e-6 * rates[1] != 0.01e-6
     opt = fusedopt.AdamW(sm.sharded().parameters(), lr=0.01, gradient_transforms=[tf.GrokfastMA(window=2)])
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.zeros_like(p)

@@ -93,7 +93,7 @@ class Batch:
     """Slots of a plan on one device with gradients of one dtype; transforms change `grads` in place.
 
     skip: bool, 0-dim on the device, where the device alone knows whether found_inf skips the step; gradients are zero then.
-    on_device: whether counts live on the device and must not be looked at.
+    on_device: whether counts live on the device and must not be looked at. constants: of the plan, see `constant`.
     """
 
     opt: torch.optim.Optimizer
@@ -102,6 +102,7 @@ class Batch:
     grads: list[torch.Tensor]
     skip: torch.Tensor | None
     on_device: bool
+    constants: dict
     kept: dict = field(default_factory=dict)  # what `before` leaves for `after`
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class Batch:
     def only(self, which: list[int]) -> Batch:
         """A batch of some of its slots."""
         slots, grads = [self.slots[i] for i in which], [self.grads[i] for i in which]
-        return Batch(self.opt, self.device, slots, grads, self.skip, self.on_device)
+        return Batch(self.opt, self.device, slots, grads, self.skip, self.on_device, self.constants)
 
     def chunks(self) -> Iterator[Batch]:
         """Batches of at most CHUNK elements, or of one tensor; of whole tensors, so that every process of a mesh makes the
@@ -138,6 +139,13 @@ class Batch:
             count += slot.owner.numel()
         if which:
             yield self.only(which)
+
+    def constant(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        """A list of numbers on the device; kept with the plan, as a captured graph can copy nothing from the host."""
+        key = (self.device, dtype, tuple(values))
+        if key not in self.constants:
+            self.constants[key] = torch.tensor(values, dtype=dtype).to(self.device)
+        return self.constants[key]
 
     # States
 
@@ -210,7 +218,7 @@ class Batch:
             if slot.groups:
                 split.setdefault(slot.groups, []).append(i)
         for groups, which in split.items():
-            index = torch.tensor(which, device=sums.device)
+            index = self.constant(which, torch.int64)
             sums.index_copy_(0, index, add_up(sums.index_select(0, index), groups))
         return sums
 
@@ -234,7 +242,7 @@ class Batch:
 
     def tensor_sizes(self) -> torch.Tensor:
         """fp64 [n]: elements of each whole tensor."""
-        return torch.tensor([float(s.owner.numel()) for s in self.slots], dtype=torch.float64).to(self.device)
+        return self.constant([float(s.owner.numel()) for s in self.slots], torch.float64)
 
 
 def _laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -356,7 +364,7 @@ def batches(opt, plan, grads: list[torch.Tensor], found) -> list[Batch]:
         if skip is not None:
             for g in mine:
                 g.copy_(torch.where(skip, torch.zeros((), dtype=g.dtype, device=device), g))
-        out.append(Batch(opt, device, slots, mine, skip, on_device))
+        out.append(Batch(opt, device, slots, mine, skip, on_device, plan.constants))
     return out
 
 

@@ -115,7 +115,7 @@ class ClipComponents(Transform):
                 found = next((i for i, part in enumerate(parts) if part in name), None)
                 numbers.append(alone if found is None else found)
                 alone += found is None
-        index = torch.tensor(numbers).to(home)
+        index = batches[0].constant(numbers, torch.int64)
         every = torch.cat([s.to(home) for s in squares])
         total = torch.zeros(alone, dtype=every.dtype, device=home).index_add_(0, index, every)[index]
         return [t.to(b.device) for t, b in zip(total.split([len(b) for b in batches]), batches, strict=True)]

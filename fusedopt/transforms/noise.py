@@ -35,8 +35,8 @@ def add_noise_(x: torch.Tensor, factor: torch.Tensor | float, key: int, tensor_i
     if not x.numel():
         return x
     if not isinstance(factor, torch.Tensor):
-        factor = torch.full((1,), factor, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).to(
-            x.device
+        factor = torch.full(
+            (1,), factor, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
         )
     mine = flat(x.detach())
     if x.dtype == torch.float64 or not _launched(mine, factor, key, tensor_id, step):

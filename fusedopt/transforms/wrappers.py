@@ -7,7 +7,7 @@ are rounded to nearest once more. For the time of the step they take up to four 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,10 +26,14 @@ def check_count(cls: str, name: str, value, least: int = 0) -> None:
 def each_group(batch: Batch, option: Callable[[dict], float | torch.Tensor]) -> torch.Tensor:
     """fp64 [n]: an option of the group of each tensor."""
     found = {id(g): g for g in batch.groups}
-    values = {
-        key: torch.as_tensor(option(g), dtype=torch.float64).to(batch.device).view(()) for key, g in found.items()
-    }
+    values = {key: _on(batch.device, option(g)) for key, g in found.items()}
     return torch.stack([values[id(g)] for g in batch.groups])
+
+
+def _on(device: torch.device, x: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(x, torch.Tensor):
+        return x.detach().to(device, torch.float64).view(())
+    return torch.full((), float(x), dtype=torch.float64, device=device)  # a launch, which a graph can capture
 
 
 def rates(batch: Batch) -> torch.Tensor:
@@ -175,8 +179,7 @@ class Layca(Transform):
     def after(self, batches: list[Batch]) -> None:
         for batch in batches:
             old = batch.kept.pop(self.name)
-            step = Batch(batch.opt, batch.device, batch.slots, torch._foreach_sub(batch.weights(), old), batch.skip,
-                         batch.on_device)  # fmt: skip
+            step = replace(batch, grads=torch._foreach_sub(batch.weights(), old))
             length = step.square_norms(step.grads).sqrt()
             remove_component(step, old)
             across = step.square_norms(step.grads).sqrt()
