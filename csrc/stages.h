@@ -12,7 +12,7 @@ constexpr bool has_terms = false;
 template <class Rule>
 constexpr bool has_terms<Rule, std::void_t<decltype(&Rule::terms)>> = true;
 template <class Rule>
-constexpr bool has_probe = Rule::trust_on == Trust::update || has_terms<Rule>;
+inline constexpr bool probes = Rule::trust_on == Trust::update || has_terms<Rule>;
 
 // Numbers of one (launch, row): loaded once per chunk.
 struct Stage {

@@ -51,9 +51,9 @@ class Measures:
         g and p as `direction` gets them.
     last_step: the last step that needs the sums, where later ones do not (their probes are left out while counts are on the
         host; functions must not read the sums then).
-    memory and numbers are dicts by name, of float64 tensors [tensors] (scope "tensor") or 0-dim; c holds the rule's scalars
-    with numel, each a number or such a tensor; beyond a tensor those of the longest-stepped tensor's group, in `start` of
-    each. Arithmetic only: nothing may wait for the device.
+    memory and numbers are dicts by name, of float64 tensors [tensors] (scope "tensor") or 0-dim; c holds the rule's scalars with
+    numel, each a number or such a tensor: in `start` those of each group, else, beyond a tensor, those of the tensor with most
+    steps. Arithmetic only: nothing may wait for the device.
     """
 
     names: tuple[str, ...]

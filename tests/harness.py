@@ -59,6 +59,11 @@ HYPER = {
     "delay": 1,
     "gamma_min": 0.1,
     "clip": 1.0,
+    "safeguard_warmup": False,
+    "d0": 0.01,
+    "d_coef": 1.0,
+    "growth_rate": 1.5,
+    "reps_rel": 1e-3,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -20,7 +20,9 @@ from fusedopt.rule import get_rule, list_rules, optimizers
 
 MEASURED = [name for name in list_rules() if get_rule(name).measures is not None]
 PROBING = [name for name in MEASURED if get_rule(name).probes]
-CLASSES = {}  # one case of each measured rule: its class's name and options
+# One case of each measured rule: its class's name and options. The first, where distances start at 1e-2 of what they are of:
+# a first step of 1e-6 is rounded to a few bits in fp32 parameters, and the step sizes that grow from it are as coarse.
+CLASSES = {}
 for _name, (_oracle, _cases) in ORACLES.items():
     for _options in _cases:
         _cls = optimizers()[_name]

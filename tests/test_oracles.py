@@ -270,6 +270,31 @@ ORACLES = {
         reductions.FAdam,
         combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], clip=[1.0, 0.3]),
     ),
+    "prodigy": (
+        reductions.Prodigy,
+        combine(
+            lr=[1.0, 0.5], betas=[(0.9, 0.99), (0.6, 0.8)], d0=[1e-2, 1e-6], bias_correction=[False, True], **DECAYS
+        )
+        + [
+            {"lr": 0.7, "d0": 1e-3, "beta3": 0.8, "safeguard_warmup": True, "maximize": True},
+            {"d0": 1e-3, "lr": 1.0, "growth_rate": 1.05, "d_coef": 2.0, "eps": 1e-2},
+        ],
+    ),
+    "dadapt_adam": (
+        reductions.DAdaptAdam,
+        combine(
+            lr=[1.0, 0.5], betas=[(0.9, 0.99), (0.6, 0.8)], d0=[1e-2, 1e-6], bias_correction=[False, True], **DECAYS
+        )
+        + [{"d0": 1e-3, "lr": 1.0, "growth_rate": 1.05, "eps": 1e-2, "maximize": True}],
+    ),
+    "dog": (
+        reductions.DoG,
+        combine(lr=[1.0, 0.5], reps_rel=[1e-2, 1e-6], eps=[1e-8, 1.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "ldog": (
+        reductions.LDoG,
+        combine(lr=[1.0, 0.5], reps_rel=[1e-2, 1e-6], eps=[1e-8, 1.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [

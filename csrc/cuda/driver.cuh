@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 template <class Rule>
 const char* launch_step(const Launch& launch, void* stream) {
   if (launch.phase == kProbe) {
-    if constexpr (has_probe<Rule>) FO_LAUNCH((step_kernel<Rule, true>), launch.n_chunks, kThreads, stream, launch);
+    if constexpr (probes<Rule>) FO_LAUNCH((step_kernel<Rule, true>), launch.n_chunks, kThreads, stream, launch);
     else return "only a rule with a trust ratio on its update, or with terms, has a probe";
   } else {
     FO_LAUNCH((step_kernel<Rule, false>), launch.n_chunks, kThreads, stream, launch);

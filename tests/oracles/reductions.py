@@ -111,3 +111,122 @@ class FAdam(Transcription):
         scale = state["F"] ** 0.5 + self.eps * max(1.0, self.rms(g))
         m = ema(state, "m", self.clipped(g / scale), b1)
         return theta - self.lr * (m + self.wd * self.clipped(theta / scale))
+
+
+class Joint(Transcription):
+    """All tensors step at once: `update_all(thetas, grads, t)` gives the new ones; grads with L2 decay where it is coupled."""
+
+    def decoupled(self):
+        return self.decay == "decoupled"
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        thetas = [p.detach().clone() for p in self.params]
+        grads = [self.sign * p.grad for p in self.params]
+        if not self.decoupled():
+            grads = [g + self.wd * theta for g, theta in zip(grads, thetas, strict=True)]
+        if self.t == 1:
+            self.first = [theta.clone() for theta in thetas]
+            self.begin(thetas)
+        for p, new in zip(self.params, self.update_all(thetas, grads, self.t), strict=True):
+            p.copy_(new)
+
+    def begin(self, thetas):
+        pass
+
+
+def dot(xs, ys):
+    return sum(float((x * y).sum()) for x, y in zip(xs, ys, strict=True))
+
+
+def zeros(xs):
+    return [torch.zeros_like(x) for x in xs]
+
+
+class Prodigy(Joint):
+    """arXiv 2306.06101, algorithm 4, with a growth cap; eps times the new d, the step with the old one."""
+
+    betas, beta3, eps, bias_correction, safeguard_warmup = (0.9, 0.999), None, 1e-8, False, False
+    d0, d_coef, growth_rate = 1e-6, 1.0, math.inf
+
+    def begin(self, thetas):
+        self.d = self.d_max = self.d0
+        self.r = 0.0
+        self.m, self.v, self.s = zeros(thetas), zeros(thetas), zeros(thetas)
+
+    def update_all(self, thetas, grads, t):
+        b1, b2 = self.betas
+        b3 = math.sqrt(b2) if self.beta3 is None else self.beta3
+        debias = math.sqrt(1 - b2**t) / (1 - b1**t) if self.bias_correction else 1.0
+        d = self.d
+        step = d * self.lr * debias
+        self.r = b3 * self.r + d / self.d0 * step * dot(grads, [x - y for x, y in zip(self.first, thetas, strict=True)])
+        into = d if self.safeguard_warmup else step
+        self.s = [b3 * s + d / self.d0 * into * g for s, g in zip(self.s, grads, strict=True)]
+        self.m = [b1 * m + (1 - b1) * d * g for m, g in zip(self.m, grads, strict=True)]
+        self.v = [b2 * v + (1 - b2) * d * d * g * g for v, g in zip(self.v, grads, strict=True)]
+        estimate = self.d_coef * self.r / sum(float(s.abs().sum()) for s in self.s)
+        if d == self.d0:
+            self.d = max(d, estimate)
+        self.d_max = max(self.d_max, estimate)
+        self.d = min(self.d_max, self.d * self.growth_rate)
+        kept = 1 - step * self.wd if self.decoupled() else 1.0
+        return [
+            kept * theta - step * m / (v.sqrt() + self.d * self.eps)
+            for theta, m, v in zip(thetas, self.m, self.v, strict=True)
+        ]
+
+
+class DAdaptAdam(Joint):
+    """arXiv 2301.07733, algorithm 5, as its authors' code weighs it."""
+
+    decay = "l2"
+    betas, eps, bias_correction, d0, growth_rate = (0.9, 0.999), 1e-8, False, 1e-6, math.inf
+
+    def begin(self, thetas):
+        self.d, self.r = self.d0, 0.0
+        self.m, self.v, self.s = zeros(thetas), zeros(thetas), zeros(thetas)
+
+    def update_all(self, thetas, grads, t):
+        b1, b2 = self.betas
+        root = math.sqrt(b2)
+        step = self.d * self.lr * (math.sqrt(1 - b2**t) / (1 - b1**t) if self.bias_correction else 1.0)
+        ratio = [s / (v.sqrt() + self.eps) for s, v in zip(self.s, self.v, strict=True)]
+        self.r = root * self.r + (1 - root) * step * dot(grads, ratio)
+        self.m = [b1 * m + step * (1 - b1) * g for m, g in zip(self.m, grads, strict=True)]
+        self.v = [b2 * v + (1 - b2) * g * g for v, g in zip(self.v, grads, strict=True)]
+        self.s = [root * s + step * (1 - root) * g for s, g in zip(self.s, grads, strict=True)]
+        estimate = self.r / ((1 - root) * sum(float(s.abs().sum()) for s in self.s))
+        self.d = max(self.d, min(estimate, self.d * self.growth_rate))
+        kept = 1 - step * self.wd if self.decoupled() else 1.0
+        return [kept * theta - m / (v.sqrt() + self.eps) for theta, m, v in zip(thetas, self.m, self.v, strict=True)]
+
+
+class DoG(Joint):
+    """arXiv 2302.12022: norms over all tensors; `apart` (L-DoG) over each."""
+
+    decay, apart = "l2", False
+    reps_rel, eps = 1e-6, 1e-8
+
+    def begin(self, thetas):
+        self.r, self.total = {}, {}
+
+    def update_all(self, thetas, grads, t):
+        sets = [[i] for i in range(len(thetas))] if self.apart else [list(range(len(thetas)))]
+        out = {}
+        for mine in sets:
+            key, square = mine[0], sum(float((grads[i] ** 2).sum()) for i in mine)
+            if t == 1:
+                size = math.sqrt(sum(float((thetas[i] ** 2).sum()) for i in mine))
+                self.r[key], self.total[key] = self.reps_rel * (1 + size), square + self.eps
+            else:
+                away = math.sqrt(sum(float(((thetas[i] - self.first[i]) ** 2).sum()) for i in mine))
+                self.r[key], self.total[key] = max(self.r[key], away), self.total[key] + square
+            step = self.lr * self.r[key] / math.sqrt(self.total[key])
+            out.update({i: thetas[i] - step * grads[i] for i in mine})
+        return [out[i] for i in range(len(thetas))]
+
+
+class LDoG(DoG):
+    apart = True
