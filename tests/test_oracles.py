@@ -295,6 +295,17 @@ ORACLES = {
         reductions.LDoG,
         combine(lr=[1.0, 0.5], reps_rel=[1e-2, 1e-6], eps=[1e-8, 1.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
+    "adaptive_braking": (
+        reductions.AdaptiveBraking,
+        combine(lr=[0.05], momentum=[0.9, 0.5], rho=[0.7, 2.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "induced_metric": (
+        reductions.InducedMetric,
+        combine(
+            lr=[0.1], momentum=[0.9, 0.5], xi=[0.1, 1e-3], beta=[0.8, 0.3], weight_decay=[0.0, 0.1], rms=[False, True]
+        )
+        + [{"lr": 0.1, "rms": True, "alpha": 0.7, "eps": 1e-2, "maximize": True}],
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [

@@ -110,6 +110,15 @@ def no_gradients(s: Subject) -> None:
 def own_counts(s: Subject) -> None:
     together, apart = parameters(), parameters()
     a, b = s.make(together), s.make([apart[1]])
+    if s.joint:  # then the steps of one tensor alone are others, and the counts themselves are looked at
+        for step in range(5):
+            set_grads(together, step)
+            if step in (1, 2):
+                together[1].grad = None
+            a.step()
+        counts = [int(a.state[p]["step"]) for p in together]
+        need(counts == [3 if p is together[1] else 5 for p in together], f"counts are {counts}")
+        return
     for step in range(5):
         set_grads(together, step)
         set_grads(apart, step)

@@ -21,7 +21,7 @@ class Subject:
     cls: returns the class, or raises ImportError. options: arguments beside lr and weight_decay. adam: it takes `betas` as
     torch.optim.Adam does. torch_class: the torch.optim class of the same rule, for state dicts. quantized: its states are
     coarser than 16 bits. matrices: options of the group of matrices (low-rank projections). elementwise: it needs neither
-    a tensor's shape nor its norm. momentum: there is one for OneCycleLR to cycle. to_torch: arguments of state_dict for a
+    a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others. momentum: there is one for OneCycleLR to cycle. to_torch: arguments of state_dict for a
     dict that torch.optim takes. eager: without torch.compile, which would take minutes here.
     """
 
@@ -34,6 +34,7 @@ class Subject:
     quantized: bool = False
     matrices: dict = field(default_factory=dict)
     elementwise: bool = True
+    joint: bool = False
     momentum: bool = True
     to_torch: dict = field(default_factory=dict)
     eager: bool = False
@@ -101,6 +102,18 @@ OURS = {
     "lamb": {"options": {"clip_grad_norm": None}, "elementwise": False},
     "adafactor": {"lr": 0.02, "elementwise": False, "momentum": False},
     "microadam": {"elementwise": False},
+    "novograd": {"elementwise": False},
+    "sgd_sai": {"lr": 1e-3, "elementwise": False},
+    "tvlars": {"lr": 0.3, "options": {"trust_coefficient": 0.05}, "elementwise": False},
+    "mars_adamw": {"elementwise": False},
+    "mars_lion": {"lr": 1e-3, "elementwise": False},
+    "fadam": {"elementwise": False},
+    "adaptive_braking": {"elementwise": False},
+    "induced_metric": {"lr": 0.1, "elementwise": False, "joint": True},
+    "prodigy": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
+    "dadapt_adam": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
+    "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
+    "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},
 }
 
 

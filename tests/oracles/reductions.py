@@ -230,3 +230,38 @@ class DoG(Joint):
 
 class LDoG(DoG):
     apart = True
+
+
+class AdaptiveBraking(Transcription):
+    """arXiv 2007.01397, section 3, per tensor."""
+
+    decay = "l2"
+    momentum, rho, eps = 0.9, 2.0, 1e-8
+
+    def update(self, theta, g, t, state):
+        b = state.get("b", torch.zeros_like(g))
+        cosine = float((g * b).sum()) / max(float(g.norm() * b.norm()), self.eps)
+        state["b"] = self.momentum * b + (1 - self.rho * cosine) * g
+        return theta - self.lr * state["b"]
+
+
+class InducedMetric(Joint):
+    """arXiv 2509.03594: the metric's factor from the smoothed squared gradient of all tensors; `rms`: preconditioned."""
+
+    momentum, xi, beta, rms, alpha, eps = 0.9, 0.1, 0.8, False, 0.99, 1e-8
+
+    def begin(self, thetas):
+        self.m, self.v, self.energy = zeros(thetas), zeros(thetas), 0.0
+
+    def update_all(self, thetas, grads, t):
+        mu, a = self.momentum, self.alpha
+        self.m = [mu * m + (1 - mu) * g for m, g in zip(self.m, grads, strict=True)]
+        self.v = [a * v + (1 - a) * g * g for v, g in zip(self.v, grads, strict=True)]
+        metric = [(v / (1 - a**t)).sqrt() + self.eps if self.rms else torch.ones_like(v) for v in self.v]
+        slope = dot(grads, [g / d for g, d in zip(grads, metric, strict=True)])
+        self.energy = self.beta * self.energy + (1 - self.beta) * self.xi * slope
+        factor = 1 / (1 + abs(self.energy / (1 - self.beta**t)))
+        return [
+            (1 - self.lr * self.wd) * theta - self.lr * factor * m / (1 - mu**t) / d
+            for theta, m, d in zip(thetas, self.m, metric, strict=True)
+        ]
