@@ -1,6 +1,11 @@
 """Zeroth-order steps against MeZO's equations with random numbers of their own; the kernel that draws them."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +202,39 @@ def test_triton_kernel(dtype, numel):
     bound = {torch.float32: 6e-8, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     assert bool(((mine.double() - exact).abs() <= bound * exact.abs() * 1.01 + 4e-7 * 0.01 * 6).all())
     assert not torch.equal(mine, x) or numel == 1
+
+
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bench.gates_triton import TARGETS, cuda_resources, hip_resources
+from fusedopt.kernels.perturb import BLOCK, perturb_kernel as kernel
+for target in TARGETS:
+    hip = target.startswith("gfx")
+    machine = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
+    for dtype in ("fp32", "bf16", "fp16"):
+        signature = {n: "i32" for n in kernel.arg_names} | {"x": f"*{dtype}", "factor": "*fp32", "BLOCK": "constexpr"}
+        aligned = {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]}
+        source = ASTSource(kernel, signature, {"BLOCK": BLOCK}, aligned)
+        made = triton.compile(source, target=machine, options={"num_warps": 4})
+        use = hip_resources(made) if hip else cuda_resources(made)
+        print(json.dumps({"target": target, "dtype": dtype, **use}))
+"""
+
+
+def test_kernel_compiles_without_spills_and_with_wide_accesses():
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    run = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == 12
+    for row in rows:
+        assert row["spills"] == 0, row
+        wide = "128" if row["dtype"] == "fp32" else "64"  # four elements a lane and more
+        for way in ("loads", "stores"):
+            assert sum(n for bits, n in row[way].items() if int(bits) >= int(wide)) > 0, row
