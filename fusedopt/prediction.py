@@ -84,7 +84,7 @@ def _check(opt, steps: float) -> None:
         raise ValueError(f"Invalid steps value: {steps}")
     if opt._release is not None:
         raise ValueError(f"predicted_weights: {name} steps during the backward pass. Remove release_gradients first.")
-    for index, (p, group) in enumerate((p, group) for group in opt.param_groups for p in group["params"]):
+    for index, (p, group) in enumerate((p, g) for g in opt.param_groups for p in g["params"]):
         rule = opt.rule_for(group)
         if rule.name not in EXPECTED:
             raise ValueError(

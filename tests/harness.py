@@ -64,7 +64,6 @@ HYPER = {
     "d_coef": 1.0,
     "growth_rate": 1.5,
     "reps_rel": 1e-3,
-    "beta": 0.9,
     "xi": 0.1,
 }
 # States drawn independently may be out of a run's reach; these bring them back.

@@ -112,7 +112,10 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=match), fusedopt.predicted_weights(opt):
             pass
-    with pytest.raises(ValueError, match="Invalid steps value: -1"), fusedopt.predicted_weights(fusedopt.AdamW(params), -1):
+    with (
+        pytest.raises(ValueError, match="Invalid steps value: -1"),
+        fusedopt.predicted_weights(fusedopt.AdamW(params), -1),
+    ):
         pass
     opt = fusedopt.AdamW(params)
     fusedopt.release_gradients(torch.nn.ParameterList(params), opt)
