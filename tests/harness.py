@@ -71,7 +71,7 @@ REACHABLE = {
     "adabelief": lambda s: s["exp_avg_var"].add_(1e-4),  # (g - m)^2 takes its share of the rounding of g
     "adamax": lambda s: s["exp_inf"].add_(s["exp_avg"].abs()),
     "rmsprop_centered": lambda s: s["square_avg"].add_(2 * s["grad_avg"].square()),
-    "laprop_centered": lambda s: s["exp_avg_sq"].add_(2 * s["grad_avg"].square()),
+    "laprop_centered": lambda s: s["exp_avg_sq"].add_(2 * s["grad_avg"].square() + 0.1 * s["grad_avg"].square().max()),
     "rmsprop_centered_momentum": lambda s: s["square_avg"].add_(2 * s["grad_avg"].square()),
 }
 # States that hold quotients as the direction does: they err as it does.

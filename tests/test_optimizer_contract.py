@@ -356,7 +356,7 @@ def test_state_dict_hooks(config):
     assert order[-1] == 0.125 and saved["param_groups"][0]["lr"] == config.options["lr"]
 
 
-@each_config()
+@each_config([c for c in CONFIGS if c.name != "adamw_cautious"])  # numbers of whole tensors have no graph
 def test_differentiable(config):
     """Autograd through three steps, against finite differences of the same steps."""
 

@@ -381,6 +381,41 @@ def test_states_match_torch(name, oracle, options):
             torch.testing.assert_close(mine_value.double(), value.double(), rtol=1e-9, atol=1e-12, msg=key)
 
 
+LONG = {
+    "nadam": {"lr": 0.01, "weight_decay": 0.1},
+    "madgrad": {"lr": 0.01},
+    "innaprop": {"lr": 0.01, "weight_decay": 0.1},
+    "opt_amsgrad": {"lr": 0.01},
+    "schedulefree_sgd": {"lr": 0.3, "warmup_steps": 20},
+    "schedulefree_adamw": {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 20},
+    "laprop": {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-8},
+    "adamw": {"lr": 0.01, "weight_decay": 0.1, "cautious": True},
+}
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("name", LONG)
+def test_two_hundred_steps_in_fp32(name, capturable):
+    """Native steps of fp32 parameters, with step counts on the host and on the device, against the oracle in fp64."""
+    theirs = make_params()
+    mine = [torch.nn.Parameter(p.detach().float()) for p in theirs]
+    opt = optimizers()[name](mine, **LONG[name], capturable=capturable)
+    other = ORACLES[name][0](theirs, **LONG[name])
+    with torch.no_grad():
+        for p, q in zip(theirs, mine, strict=True):
+            p.copy_(q)
+    start = [p.detach().clone() for p in theirs]
+    gen = torch.Generator().manual_seed(5)
+    for _ in range(200):
+        for p, q in zip(theirs, mine, strict=True):
+            q.grad = torch.randn(p.shape, generator=gen) + 0.5
+            p.grad = q.grad.double()
+        opt.step()
+        other.step()
+    for p, q, p0 in zip(theirs, mine, start, strict=True):
+        assert relative_error(q.detach().double() - p0, p.detach() - p0) <= 1e-5
+
+
 def test_every_rule_has_an_oracle():
     """Fails for a registered rule or class that no case above steps."""
     stepped = set()
