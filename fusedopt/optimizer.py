@@ -112,6 +112,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
             "min_quantized_numel": min_quantized_numel,
             "seed": seed,
         }
+        self._widened = {}
         super().__init__(params, defaults)
         self._traced = compiled.Traced(self)
 
@@ -166,6 +167,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
 
     _plan: Plan | None = None
     _traced: compiled.Traced | None = None  # what a compiled step reads of this optimizer
+    _widened: dict  # gradients in fp32 that gradient_transforms keep between steps that a graph may capture
     _parts: Parts | None = None  # plans of some of the parameters: gradient release, step_parameter
     _release: ReleasedGradients | None = None
     _watchers: tuple = ()  # metrics and checks of numerics: see fusedopt.metrics
@@ -197,6 +199,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self._offload is not None:
             self._offload.release()
         self._plan = self._parts = self._offload = None
+        self._widened = {}
 
     def state_dict(self, format: str = "native") -> dict:
         """The state dict. format="torch": states decoded to fp32 under torch.optim's names, loadable by the torch class."""

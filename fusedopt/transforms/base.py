@@ -331,16 +331,27 @@ def take(opt, what: str, p: torch.Tensor, group: dict, entry: dict, out) -> None
 @torch.no_grad()
 def widened(opt, params: list[torch.Tensor], grads: list[torch.Tensor | None], scale) -> list[torch.Tensor | None]:
     """Copies of the gradients in fp32 (fp64 where they or their parameters are), divided by the loss scale, in the
-    parameters' layouts. What a step would refuse is left as it is."""
+    parameters' layouts. What a step would refuse is left as it is.
+
+    With capturable they are kept between steps: a captured graph and eager steps in turn write the same tables of addresses.
+    """
     out = list(grads)
+    kept = opt._widened if any(group["capturable"] for group in opt.param_groups) else None
+    if kept is not None and len(kept) > sum(len(group["params"]) for group in opt.param_groups):
+        kept.clear()  # parameters have been replaced
     by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        p = local(p)
+    for i, (owner, g) in enumerate(zip(params, grads, strict=True)):
+        p = local(owner)
         if g is None or g.layout != torch.strided or not g.dtype.is_floating_point or g.shape != p.shape or g.is_meta:
             continue
         wide = torch.float64 if torch.float64 in (p.dtype, g.dtype) else torch.float32
         like = p if p.layout == torch.strided and not isinstance(p, Int8Weight) else g
-        out[i] = empty_like(like, wide).to(g.device).copy_(g)
+        buffer = None if kept is None else kept.get(owner)
+        if buffer is None or buffer.dtype != wide or buffer.device != g.device or not strides_match(buffer, like):
+            buffer = empty_like(like, wide).to(g.device)
+            if kept is not None:
+                kept[owner] = buffer
+        out[i] = buffer.copy_(g)
         by_device.setdefault(g.device, []).append(out[i])
     if scale is not None:
         for device, mine in by_device.items():
