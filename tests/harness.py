@@ -65,6 +65,7 @@ HYPER = {
     "growth_rate": 1.5,
     "reps_rel": 1e-3,
     "xi": 0.1,
+    "switch_tolerance": 1e-3,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -15,6 +15,7 @@ from fusedopt.abi import Phase
 from fusedopt.backends.cuda import CudaBackend
 from fusedopt.backends.reference import ReferenceBackend
 from fusedopt.backends.select import get_backend
+from fusedopt.conversion import convert
 from fusedopt.formats import list_formats
 from fusedopt.rule import get_rule, list_rules, optimizers
 
@@ -262,3 +263,37 @@ def test_sums_of_a_probe(rule, form, offset):
         got, want = given.work.sums[live].double(), exact.work.sums[live].double()
         scale = want.abs() + want.abs().amax(0, keepdim=True) * 1e-2  # signed terms cancel
         assert ((got - want).abs() <= 1e-5 * scale + 1e-9).all(), (name, got, want)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_swats_switches(per_tensor):
+    """Or its oracle cases would say nothing of SGD."""
+    params = parameters(*SHAPES)
+    opt = fusedopt.SWATS(params, lr=0.02, betas=(0.9, 0.99), eps=1e-3, switch_tolerance=1e-2, per_tensor=per_tensor)
+    for step in range(14):
+        pull(params, step)
+        opt.step()
+    assert any(float(opt.state[p]["sgd_lr"]) > 0 and float(opt.state[p]["sgd_steps"]) > 2 for p in params)
+
+
+@each_rule
+def test_exported_converted_and_pickled(rule, tmp_path):
+    """Every way out and in keeps the memory: the next step is the same."""
+    params = parameters((64, 80), (7,))
+    opt = make(rule, params, state_format="int8", min_quantized_numel=0)
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+    path = tmp_path / "states.safetensors"
+    fusedopt.export_states(opt, path)
+    others = [[torch.nn.Parameter(p.detach().clone()) for p in params] for _ in range(2)]
+    read, loaded = (make(rule, ps, state_format="int8", min_quantized_numel=0) for ps in others)
+    fusedopt.import_states(read, path)
+    loaded.load_state_dict(convert(opt.state_dict(), state_format="int8", min_quantized_numel=0))
+    twin_params, twin = copy.deepcopy((params, opt))
+    for ps, o in ((params, opt), (others[0], read), (others[1], loaded), (twin_params, twin)):
+        set_grads(ps, 9)
+        o.step()
+    want = tensors(opt, params)
+    for ps, o in ((others[0], read), (others[1], loaded), (twin_params, twin)):
+        assert_same_bits(tensors(o, ps), want)

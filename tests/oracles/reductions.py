@@ -265,3 +265,45 @@ class InducedMetric(Joint):
             (1 - self.lr * self.wd) * theta - self.lr * factor * m / (1 - mu**t) / d
             for theta, m, d in zip(thetas, self.m, metric, strict=True)
         ]
+
+
+class SWATS(Joint):
+    """arXiv 1712.07628, algorithm 1, over all tensors or (`per_tensor`) over each."""
+
+    decay = "l2"
+    betas, eps, switch_tolerance, per_tensor = (0.9, 0.999), 1e-8, 1e-9, False
+
+    def begin(self, thetas):
+        self.m, self.v = zeros(thetas), zeros(thetas)
+        self.phases = {}
+
+    def update_all(self, thetas, grads, t):
+        if self.decoupled():
+            thetas = [(1 - self.lr * self.wd) * theta for theta in thetas]
+        every = list(range(len(thetas)))
+        out = list(thetas)
+        for mine in [[i] for i in every] if self.per_tensor else [every]:
+            phase = self.phases.setdefault(mine[0], {"average": 0.0, "rate": None})
+            if phase["rate"] is None:
+                self.adam(mine, phase, thetas, grads, t, out)
+                continue
+            for i in mine:
+                phase["b"][i] = self.betas[0] * phase["b"][i] + grads[i]
+                out[i] = thetas[i] - (1 - self.betas[0]) * phase["rate"] * phase["b"][i]
+        return out
+
+    def adam(self, mine, phase, thetas, grads, t, out):
+        b1, b2 = self.betas
+        along = length = 0.0
+        for i in mine:
+            g = grads[i]
+            self.m[i], self.v[i] = b1 * self.m[i] + (1 - b1) * g, b2 * self.v[i] + (1 - b2) * g * g
+            step = -self.lr * math.sqrt(1 - b2**t) / (1 - b1**t) * self.m[i] / (self.v[i].sqrt() + self.eps)
+            out[i] = thetas[i] + step
+            along, length = along + float((step * g).sum()), length + float((step * step).sum())
+        if along != 0:
+            gamma = length / -along
+            phase["average"] = b2 * phase["average"] + (1 - b2) * gamma
+            rate = phase["average"] / (1 - b2**t)
+            if t > 1 and abs(rate - gamma) < self.switch_tolerance and rate > 0:
+                phase["rate"], phase["b"] = rate, {i: torch.zeros_like(grads[i]) for i in mine}
