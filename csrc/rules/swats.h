@@ -12,7 +12,7 @@ struct Swats : Elementwise {
 
   static FO_HD Pair terms(float g, float, const float& exp_avg, const float& exp_avg_sq, const Scalars& c) {
     const float v = c.beta2 * exp_avg_sq + c.weight2 * (g * g);
-    const float u = div(c.kept * exp_avg + c.entering * g, sqrt(v) + c.eps);
+    const float u = div((c.kept * exp_avg + c.entering * g) * c.adam, sqrt(v) + c.eps);
     return {u * g, u * u};
   }
 

@@ -39,8 +39,8 @@ def start(memory, c):
 
 def sums(memory, dot, square, c):
     found, average = memory["sgd_lr"], memory["sgd_lr_avg"]
-    switched, moves = found > 0, dot != 0
-    estimate = c["rate"] * square / torch.where(moves, dot, 1.0)
+    switched, moves = found > 0, dot != 0  # of SGD both sums are 0
+    estimate = square / torch.where(moves, dot, 1.0)
     new = c["beta2"] * average + c["weight2"] * estimate
     average = torch.where(switched | ~moves, average, new)
     debiased = average * c["debias2"]
@@ -52,8 +52,8 @@ def sums(memory, dot, square, c):
     }, {}
 
 
-def terms(g, p, m, v, *, beta2, weight2, eps, kept, entering, **_):
-    u = (m * kept + g * entering) / ((v * beta2 + g.square() * weight2).sqrt() + eps)
+def terms(g, p, m, v, *, beta2, weight2, eps, kept, entering, adam, **_):
+    u = (m * kept + g * entering) * adam / ((v * beta2 + g.square() * weight2).sqrt() + eps)
     return u * g, u.square()
 
 
@@ -65,7 +65,7 @@ def reference(g, p, m, v, *, beta2, weight2, eps, kept, entering, adam, sgd, **_
 @jit
 def terms_triton(g, p, exp_avg, exp_avg_sq, c):
     exp_avg_sq = tl.load(c + 1) * exp_avg_sq + tl.load(c + 2) * g * g
-    u = (tl.load(c + 8) * exp_avg + tl.load(c + 9) * g) / (tl.sqrt(exp_avg_sq) + tl.load(c + 3))
+    u = (tl.load(c + 8) * exp_avg + tl.load(c + 9) * g) * tl.load(c + 10) / (tl.sqrt(exp_avg_sq) + tl.load(c + 3))
     return u * g, u * u
 
 
@@ -114,7 +114,8 @@ class SWATS(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or groups of them.
-        lr: Adam's learning rate, a float or a 1-element tensor; after the switch it counts for decoupled decay only.
+        lr: Adam's learning rate, a float or a 1-element tensor; after the switch it counts for decoupled decay only. Groups may
+            differ in it, but share one switch and one L.
         betas: decay rates; beta1 is the momentum of SGD, beta2 also that of a.
         eps: added to sqrt(v).
         switch_tolerance: how closely the two rates must agree.
