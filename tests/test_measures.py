@@ -7,8 +7,8 @@ import pytest
 import torch
 from configs import BACKENDS, assert_same_bits, each_backend, parameters, set_grads, tensors
 from harness import clone, make_problem
+from oracle_cases import ORACLES, ours, relative_error
 from simt import build as simt
-from test_oracles import ORACLES, ours, relative_error
 
 import fusedopt
 from fusedopt.abi import Phase
