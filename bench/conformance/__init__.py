@@ -24,7 +24,7 @@ MARKS = ("<!-- conformance: written by python -m bench conformance --readme -->"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file; the table goes beside it as .md")
-    parser.add_argument("--only", nargs="*", help="names of optimizers or packages")
+    parser.add_argument("--only", nargs="*", help="names of optimizers or packages; the answers of others stay")
     parser.add_argument("--readme", type=Path, help="a file to put the shorter table into, between its marks")
     parser.add_argument("--table", type=Path, metavar="JSON", help="make the tables from a result, without running")
     parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
@@ -242,6 +242,8 @@ def main(args: argparse.Namespace) -> int:
         subjects = all_subjects()
         packages = dict.fromkeys(s.package for s in subjects.values())
         result["versions"] = {p: version(p) for p in packages}
+        if args.only and args.out.is_file():
+            result["optimizers"] = json.loads(args.out.read_text())["optimizers"]
         for name, subject in subjects.items():
             if args.only and not {name, subject.package} & set(args.only):
                 continue

@@ -102,6 +102,7 @@ def no_gradients(s: Subject) -> None:
     set_grads(params, 0)
     params[1].grad = None
     opt.step()
+    opt.step()  # ADOPT's first step moves nothing
     need(torch.equal(params[1], before[1]), "moved without a gradient")
     need(not torch.equal(params[0], before[0]), "the others did not move")
 
@@ -169,7 +170,7 @@ def groups(s: Subject) -> None:
         alone[1].grad = params[1].grad.clone()
         opt.step()
         other.step()
-    need(torch.equal(params[0], before[0]), "a group with lr=1e-28 moved")
+    need(not s.still or torch.equal(params[0], before[0]), "a group with lr=1e-28 moved")
     need_same([params[1]], [alone[1]], "the other group")
 
 

@@ -22,8 +22,8 @@ class Subject:
     torch.optim.Adam does. torch_class: the torch.optim class of the same rule, for state dicts. quantized: its states are
     coarser than 16 bits. matrices: options of the group of matrices (low-rank projections). elementwise: it needs neither
     a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others. momentum: there is one for
-    OneCycleLR to cycle. to_torch: arguments of state_dict for a dict that torch.optim takes. eager: without torch.compile,
-    which would take minutes here.
+    OneCycleLR to cycle. still: a learning rate near zero leaves weights where they are. to_torch: arguments of state_dict
+    for a dict that torch.optim takes. eager: without torch.compile, which would take minutes here.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Subject:
     elementwise: bool = True
     joint: bool = False
     momentum: bool = True
+    still: bool = True
     to_torch: dict = field(default_factory=dict)
     eager: bool = False
     lr: float = LR
@@ -103,6 +104,11 @@ OURS = {
     "lamb": {"options": {"clip_grad_norm": None}, "elementwise": False},
     "adafactor": {"lr": 0.02, "elementwise": False, "momentum": False},
     "microadam": {"elementwise": False},
+    "adadelta": {"momentum": False},
+    "adagrad": {"momentum": False},
+    "innaprop": {"momentum": False},
+    "adabound": {"still": False},  # final_lr is in proportion to the group's own first rate
+    "madgrad": {"still": False},  # eps is added to the rate
     "novograd": {"elementwise": False},
     "sgd_sai": {"lr": 1e-3, "elementwise": False},
     "tvlars": {"lr": 0.3, "options": {"trust_coefficient": 0.05}, "elementwise": False},

@@ -23,7 +23,7 @@ import fusedopt
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey
 from fusedopt.cli import write_json
-from fusedopt.cli.parity import Outcome, cases, check, combinations
+from fusedopt.cli.parity import Outcome, cases, check, settings
 from fusedopt.cli.speed import TIMED, Timing, copy_bandwidth, time_step
 from fusedopt.cli.table import render
 
@@ -139,7 +139,7 @@ def parity(out: Diagnosis) -> None:
     for s in out.standings:
         if s.status not in ("used", "available"):
             continue
-        results = [check(c, s.backend, torch.device(s.device), *pair) for c in cases() for pair in combinations()]
+        results = [check(c, s.backend, torch.device(s.device), *pair) for c in cases() for pair in settings()]
         out.parity[s.device, s.backend] = results
         for r in results:
             if not r.ok:
@@ -234,9 +234,9 @@ def _parity_text(out: Diagnosis) -> str:
         cells = [_cell([r for r in results if r.case == case]) for results in out.parity.values()]
         rows.append((case.label, *cells))
     names = [f"{backend} on {device}" for device, backend in out.parity]
-    sixteen = sorted({f"{d}".removeprefix("torch.") for d, p, _ in combinations() if p != "nearest"})
-    formats = ", ".join(f for d, _, f in combinations() if d == torch.float32)
-    precisions = ", ".join(p for d, p, _ in combinations() if d != torch.float32)
+    sixteen = sorted({f"{d}".removeprefix("torch.") for d, p, _ in settings() if p != "nearest"})
+    formats = ", ".join(f for d, _, f in settings() if d == torch.float32)
+    precisions = ", ".join(p for d, p, _ in settings() if d != torch.float32)
     checked = f"float32 parameters with states in {formats};\n {', '.join(sixteen)} parameters kept by {precisions}"
     return (
         f"Parity with the fp64 reference: largest error as a share of its bound, 1.00 at most\n({checked})\n"

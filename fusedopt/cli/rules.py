@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fusedopt.cli import UsageError
+from fusedopt.cli import UsageError, write_json
 from fusedopt.projections import GaLore
 from fusedopt.rule import optimizers
 from fusedopt.states import state_bytes
@@ -22,12 +22,16 @@ HEAD = "| class | name for `create` | states | bytes per parameter: fp32, bf16, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="PATH", help="write the table to a file as JSON ('-': standard output)")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="put the table between the marks in this file instead"
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json is not None:
+        write_json(args.json, records())
+        return 0
     if args.readme is None:
         print(table())
         return 0
@@ -52,6 +56,12 @@ def table() -> str:
     rows = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
     rows += [row(name, cls) for name, cls in sorted(optimizers().items(), key=lambda item: item[1].__name__.lower())]
     return "\n".join(rows)
+
+
+def records() -> list[dict[str, str]]:
+    """The rows of the table by column."""
+    keys, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table().splitlines())
+    return [dict(zip(keys, cells, strict=True)) for cells in rows]
 
 
 def row(name: str, cls: type) -> str:

@@ -110,7 +110,7 @@ class DoG(_Dog):
 
 @register_optimizer("ldog")
 class LDoG(_Dog):
-    """L-DoG: `DoG` with distances and gradients of each tensor on its own.
+    """L-DoG: `DoG` with r, the largest distance from the start, and G of each tensor on its own: p -= lr * r / sqrt(G) * g.
 
     For fine-tuning transformers, where tensors differ in scale; the paper finds it better there than DoG, less so elsewhere.
 
