@@ -30,6 +30,7 @@ RULES = {
     "lion": {"weight_decay": 0.1, "betas": (0.875, 0.96875)},  # exact in 16 bits: a rounded blend near 0 flips its sign
     "lars": {"momentum": 0.9, "weight_decay": 0.1},
     "lamb": {"weight_decay": 0.1, "clip_grad_norm": None},
+    "sgd_sai": {"momentum": 0.9003},  # 0.9 b + 0.1 g of 16-bit numbers lies on many ties
 }
 RULES |= {name: {} for name in optimizers() if name not in (*RULES, "adafactor", "microadam")}
 STORAGE = (
@@ -112,6 +113,9 @@ def assert_near(got, want) -> None:
         _close_weights(precision, *kept, 2e-5 * LR)
         signed = {s.name: s.signed for s in want.rule_for(want.param_groups[0]).states}
         for name, value in want.state[b].items():
+            if name in want.rule_for(want.param_groups[0]).memory:  # a sum over tensors, whose terms cancel
+                torch.testing.assert_close(got.state[a][name].cpu(), value.cpu(), rtol=1e-4, atol=0)
+                continue
             mine, value = got.state[a][name].cpu().view(-1), value.cpu().view(-1)
             if name == precision.companion:
                 continue
