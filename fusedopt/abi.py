@@ -41,6 +41,7 @@ class Column(IntEnum):
 
 
 MAX_STATES = 4
+RAISED = 0x200  # in a format word of a Triton kernel: see kernels/states.py
 GRAIN_SIZE = 2048
 SCALAR_STRIDE = 32
 SCALAR_HEAD = 8

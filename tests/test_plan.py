@@ -466,6 +466,16 @@ def test_create_errors():
         create("adamw8bit", [p], state_format="bf16")
 
 
-def test_every_class_is_covered_by_the_configurations():
-    # These step each tensor by itself, in pieces and not in buckets: tests/test_factored.py, test_microadam_steps.py
-    assert {c.optimizer for c in CONFIGS} == set(optimizers()) - {"adafactor", "microadam"}
+def test_every_kind_of_rule_is_that_of_a_configuration():
+    """Every class is stepped by the cells, against its oracle and by the conformance checks; here each kind of rule is."""
+
+    def kinds(opt) -> set:
+        rule = opt.rule_for(opt.param_groups[0])
+        measured = rule.measures is not None and rule.measures.scope
+        return {("states", len(rule.states) > 0), ("trust", rule.trust_on), ("points", rule.has_positions), measured}
+
+    covered = set().union(*(kinds(c.make([torch.nn.Parameter(torch.zeros(1))])) for c in CONFIGS))
+    # Those step each tensor by itself, in pieces and not in buckets: tests/test_factored.py, test_microadam_steps.py. Numbers
+    # that tensors share: tests/test_measures.py.
+    for name in set(optimizers()) - {"adafactor", "microadam"}:
+        assert kinds(optimizers()[name]([torch.zeros(1)])) <= covered | {"group", "optimizer"}, name

@@ -161,7 +161,9 @@ def test_thread_count_does_not_change_any_bit(config, form):
 
 
 @each_backend
-@each_config([c for c in CONFIGS if c.optimizer not in ("lars", "lamb")])
+@each_config(
+    [c for c in CONFIGS if c.name not in ("lars", "lars_plain", "lamb", "adamw_cautious")]
+)  # they sum over a tensor
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("form", list_formats())
 def test_nonfinite_gradients_spoil_their_element_only(config, bad, form, backend):

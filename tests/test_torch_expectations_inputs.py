@@ -101,6 +101,17 @@ def test_adam_has_all_of_torchs_error_inputs():
     assert sum(case.values[0] == "adam" for case in ERRORS) >= 12
 
 
+# Why twenty steps at any learning rate of torch's inputs need not lower the loss of two tensors. All of these are trained by
+# `bench rules`, and follow their oracles.
+OTHER_WAYS = {
+    "sgd_sai": "its gain is that of the first gradient's deviation, which nearly equal gradients make as large as one likes",
+    "schedulefree_sgd": "the loss is lowered at the average of its points, not at the one that gradients are taken at",
+    "induced_metric": "its metric grows with the gradient, which ends the way up of an unbounded loss",
+    "dadapt_adam": "it begins at 1e-6 of the distance, and its groups share one learning rate",
+    "adamod": "its step sizes begin at 0, below weight decay",
+}
+
+
 def least_squares(strided: bool):
     gen = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(10, 5, generator=gen), torch.randn(10, generator=gen)
@@ -115,6 +126,8 @@ def least_squares(strided: bool):
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["one group", "lr per group"])
 def test_goes_in_the_right_direction_under_torchs_schedulers(name, ours, theirs, strided, grouped):
+    if name in OTHER_WAYS:
+        pytest.skip(OTHER_WAYS[name])
     for schedulers in ([], *info_of(name).scheduler_inputs):
         params, loss = least_squares(strided)
         kwargs = copy.deepcopy(ours)

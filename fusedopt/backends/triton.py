@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 
-from fusedopt.abi import GRAIN_SIZE, MAX_STATES, Phase
+from fusedopt.abi import GRAIN_SIZE, MAX_STATES, RAISED, Phase
 from fusedopt.backends.base import BucketKey, Int4Matrix, MatrixKernels, MatrixWork, Work, unsupported
 from fusedopt.formats import Format
 from fusedopt.kernels.language import missing
@@ -34,6 +35,16 @@ def _precision(name: str, param_dtype: torch.dtype, phase: Phase) -> int:
     return 0 if reads_only else precision.id
 
 
+@cache
+def _raised(name: str) -> tuple[bool, ...]:
+    """Of each state of a rule, whether it leaves 0 where gradient, parameter and states are 0."""
+    rule = get_rule(name)
+    zero = torch.zeros(1, dtype=torch.float64)
+    scalars = {scalar: 0.3 + 0.05 * i for i, scalar in enumerate(rule.scalar_names)}
+    _, *states = rule.reference(zero, zero, *[zero] * len(rule.states), **scalars)
+    return tuple(bool((state != 0).any()) for state in states)
+
+
 def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phase: Phase, aligned: bool) -> dict:
     """The compile-time arguments of the step kernel. NORM is the same kernel for every rule."""
     import triton.language as tl
@@ -41,6 +52,7 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
     element = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     norm = phase == Phase.NORM
     codes = [] if norm else [form.code(state.signed) for form, state in zip(formats, rule.states, strict=True)]
+    codes = [code | RAISED * up for code, up in zip(codes, _raised(rule.name), strict=True)] if codes else []
     codes += [-1] * (MAX_STATES - len(codes))
     narrow = any(dtype != torch.float32 for dtype in (param_dtype, grad_dtype, *(form.storage for form in formats)))
     return {

@@ -12,7 +12,8 @@ from fusedopt.kernels.formats.int8 import int8_decode, int8_encode
 from fusedopt.kernels.formats.int8c import int8c_decode, int8c_encode
 from fusedopt.kernels.rounding import bf16_stochastic, uniform16
 
-# A format word is one of these, plus 0x100 for signed (csrc/fusedopt.h).
+# A format word is one of these, plus 0x100 for signed (csrc/fusedopt.h), plus RAISED in these kernels: the rule makes something
+# of zeros (a stored eps), which past the end of a tensor would raise the scale of its last block.
 FP32 = tl.constexpr(0)
 BF16 = tl.constexpr(1)
 INT8 = tl.constexpr(2)
@@ -131,7 +132,8 @@ def store_codes(x, p, scales, tile, local, inside, whole, left, FORMAT: tl.const
     FORMAT_ID: tl.constexpr = FORMAT & 0xFF
     ROWS: tl.constexpr = local.shape[0]
     LANES: tl.constexpr = 16 if FORMAT_ID == INT4 else 32
-    x = tl.where(inside, x, 0.0)  # a rule may give lanes past the end any value; a block's scale is of its elements
+    if FORMAT & 0x200:
+        x = tl.where(inside, x, 0.0)
     scale = block_scales(x, LANES)
     codes = encode(x, scale, FORMAT)
     lane = tl.arange(0, ROWS * 32)
