@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 
+import fusedopt  # noqa: F401  (registers the rules)
 from bench.sass import loop_instructions
 from fusedopt.abi import Phase
 from fusedopt.formats import get_format
 from fusedopt.precision import get_precision
-from fusedopt.rule import get_rule
+from fusedopt.rule import get_rule, list_rules
 
 WORKERS = min(12, os.cpu_count() or 1)  # processes that compile
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -69,7 +70,7 @@ def register_ceiling(case: Case | Blockwise, target: str) -> int:
     return 192 if not case.aligned or coded > 2 else 128
 
 
-# Every rule in its cheapest and in a dense storage; formats, precisions, types and phases where they take other code.
+# A few rules in their cheapest and in a dense storage; formats, precisions, types and phases where they take other code.
 CASES = (
     *(Case(rule) for rule in ("sgd", "sgd_momentum", "adam", "lion", "lars_momentum")),
     *(Case(rule, "int8", BF16, BF16, "stochastic") for rule in ("adam", "adam_amsgrad")),
@@ -92,6 +93,10 @@ CASES = (
     *(Blockwise("int4", True, encode) for encode in (True, False)),
     Blockwise("int8", False, True, F32),
 )
+# Every other rule, and its probe. Some spill a few words under the limits of launch_options.
+NAMED = {case.rule for case in CASES if isinstance(case, Case)}
+OTHERS = tuple(Case(rule) for rule in list_rules() if rule not in NAMED)
+OTHERS += tuple(Case(case.rule, phase=Phase.PROBE) for case in OTHERS if get_rule(case.rule).probes)
 
 # Instructions executed for each parameter of AdamW with bf16 parameters and gradients: a ceiling for sm_90 and Triton 3.9.
 # At the memory limit an H200 has time for about 78 with 8-bit states and 63 with int4 (DESIGN, section 5).
@@ -108,7 +113,6 @@ def budget(case: Case | Blockwise, target: str) -> int | None:
 def _source(case: Case | Blockwise):
     from triton.compiler import ASTSource
 
-    import fusedopt  # noqa: F401  (registers the rules)
     from fusedopt.backends.triton import constants
     from fusedopt.kernels.driver import launch_options, step_kernel
     from fusedopt.kernels.quantize import dequantize_kernel, quantize_kernel

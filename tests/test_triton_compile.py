@@ -21,11 +21,10 @@ NEW = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def rows():
+def compiled(*command: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "bench.gates_triton"],
+        [sys.executable, *command],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -36,14 +35,42 @@ def rows():
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-def test_every_rule_compiles_for_every_target(rows):
+@pytest.fixture(scope="module")
+def rows():
+    return compiled("-m", "bench.gates_triton")
+
+
+OTHERS = """
+import json
+from bench.gates_triton import OTHERS, resources
+if __name__ == "__main__":
+    for row in resources(("sm_90",), OTHERS):
+        print(json.dumps(row))
+"""
+
+
+def test_every_other_rule_compiles(tmp_path):
+    """Within two programs an SM; nine of them spill up to 46 bytes for that, which is to be mended."""
+    from bench.gates_triton import CASES, Case
+    from bench.gates_triton import OTHERS as others
+    from fusedopt.rule import list_rules
+
+    script = tmp_path / "others.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{OTHERS}")
+    found = {row["kernel"]: row for row in compiled(str(script))}
+    assert found.keys() == {str(case) for case in others}
+    assert {case.rule for case in (*CASES, *others) if isinstance(case, Case)} == set(list_rules()) | {"sgd"}
+    assert all(row["registers"] <= 128 for row in found.values())
+    spilling = {name: row["spills"] for name, row in found.items() if row["spills"]}
+    assert not NEW or len(spilling) <= 9 and all(spills <= 46 for spills in spilling.values()), spilling
+
+
+def test_every_storage_compiles_for_every_target(rows):
     from bench.gates_triton import CASES, TARGETS, Case
     from fusedopt.formats import list_formats
     from fusedopt.precision import list_precisions
-    from fusedopt.rule import list_rules
 
     steps = [case for case in CASES if isinstance(case, Case)]
-    assert {case.rule for case in steps} >= set(list_rules())
     assert {name for case in steps for name in case.names} == set(list_formats())
     assert {case.precision for case in steps} == set(list_precisions())
     assert {(row["kernel"], row["target"]) for row in rows} == {(str(c), t) for c in CASES for t in TARGETS}
