@@ -69,8 +69,8 @@ def test_trajectory_in_fp32(rule, steps, backend):
         other.step()
     for p, q, start in zip(mine, exact, parameters(*SHAPES), strict=True):
         assert float((q - start).detach().abs().max()) > 0
-        if rule == "adaptive_braking" and p.numel() == 1:
-            continue  # the cosine of one element is a sign, and rounding decides it where the velocity passes zero
+        if rule == "adaptive_braking" and p.numel() == 1 and steps == 200:
+            continue  # |b|^2 is carried on by a sum that cancels where the velocity of one element passes zero
         assert relative_error(p.detach().double(), q.detach()) <= 1e-5
 
 
