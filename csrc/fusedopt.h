@@ -21,7 +21,8 @@ constexpr int32_t kFormatMask = 0xFF, kFormatSigned = 0x100;  // a Launch's form
 enum Precision : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit24 = 3, kSplit32 = 4, kMaster = 5 };
 enum Phase : int32_t {
   kFused = 0,  // prologue, direction, epilogue, stores
-  kProbe = 1,  // the same arithmetic with stores disabled: accumulates |p|^2 and |u|^2 of each tensor, or the rule's own two terms
+  kProbe = 1,  // the same arithmetic with stores disabled: accumulates |p|^2 and |u|^2 of each tensor, or the rule's own two terms,
+               // or takes the largest of each of them
   kApply = 2,  // kFused with the update scaled by rule.trust() of the probe's sums
   kNorm = 3,   // |p|^2 and |g|^2 of each tensor and the global gradient norm; reads only
   kDirection = 4,  // the update u is stored in place of the parameter, which is not read and counts as 0: no lr, no decay (projections)
@@ -66,7 +67,7 @@ struct Launch {
   const float* found_inf;    // non-zero: nothing may be written
   float* clip;               // coefficient for the gradients: written by the last kNorm launch, read by the others
   float* partials;           // [grains, 2]
-  float* sums;               // [tensor ids, 2]: |p|^2 and |g|^2 (kNorm; g as stored) or |u|^2 (kProbe)
+  float* sums;               // [tensor ids, 2]: |p|^2 and |g|^2 (kNorm; g as stored) or |u|^2 (kProbe), or of the rule's terms
   float* totals;             // [kNorm launches]: sum of |g|^2 over a launch's tensors
   float* norm;               // global gradient norm after unscaling
   int32_t* counters;         // [rows + 1] zeros, left zero: chunks finished per row, then rows finished (GPU only)
@@ -91,6 +92,24 @@ constexpr int count_names(const char* text) {
 }
 
 struct Pair { float first, second; };
+
+// How a probe joins what two parts of a tensor gave: their sum, or the larger (NaN where one is).
+template <bool Largest, class T>
+FO_HD T join(T a, T b) {
+  if constexpr (Largest) return b > a || b != b ? b : a;
+  else return a + b;
+}
+
+template <bool Largest>
+FO_HD Pair join(Pair a, Pair b) {
+  return {join<Largest>(a.first, b.first), join<Largest>(a.second, b.second)};
+}
+
+template <bool Largest, class T>
+constexpr T nothing() {  // what a join begins with
+  if constexpr (Largest) return -__builtin_huge_valf();
+  else return T(0);
+}
 
 // What a rule inherits; a rule overrides by redeclaring.
 struct Elementwise {

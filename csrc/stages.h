@@ -11,6 +11,11 @@ template <class Rule, class = void>
 constexpr bool has_terms = false;
 template <class Rule>
 constexpr bool has_terms<Rule, std::void_t<decltype(&Rule::terms)>> = true;
+// Whether it takes the largest of each term in place of their sums: a rule says `static constexpr bool largest = true;`.
+template <class Rule, class = void>
+constexpr bool takes_largest = false;
+template <class Rule>
+constexpr bool takes_largest<Rule, std::void_t<decltype(Rule::largest)>> = Rule::largest;
 template <class Rule>
 inline constexpr bool probes = Rule::trust_on == Trust::update || has_terms<Rule>;
 

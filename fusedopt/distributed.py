@@ -398,6 +398,18 @@ def add_up(x: torch.Tensor, groups: tuple) -> torch.Tensor:
     return x
 
 
+def largest(x: torch.Tensor, groups: tuple) -> torch.Tensor:
+    """The largest over process groups of each element of x; NaN where one is NaN, which collectives may pass over."""
+    pair = torch.stack([x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), x.isnan().to(x.dtype)])
+    for group in groups:
+        torch.distributed.all_reduce(pair, op=torch.distributed.ReduceOp.MAX, group=group)
+    return torch.where(pair[1] > 0, torch.nan, pair[0])
+
+
+def _ids(slots: list, device: torch.device) -> torch.Tensor:
+    return torch.tensor([slot.tensor_id for slot in slots], dtype=torch.int64, device=device)
+
+
 class MeshSums:
     """Sums of the sharded slots of a device, over the processes that hold their shards: one collective per mesh dimension
     and kind of sum, on the device, in the order of the parameters, which is the same on every process.
@@ -406,15 +418,17 @@ class MeshSums:
     """
 
     def __init__(self, slots, normed, device: torch.device):
-        self.trusted: dict[str, list[tuple[torch.Tensor, tuple]]] = {}
+        self.trusted: dict[str, list[tuple[torch.Tensor, torch.Tensor, tuple, bool]]] = {}
         for kind in ("gradient", "update"):
-            ids: dict[tuple, list[int]] = {}
+            ids: dict[tuple, list] = {}
             for slot in slots:
                 if (slot.rule.takes_norms if kind == "gradient" else slot.rule.probes) and slot.groups:
-                    ids.setdefault(slot.groups, []).append(slot.tensor_id)
-            self.trusted[kind] = [(torch.tensor(v, device=device), groups) for groups, v in ids.items()]
-        empty = [slot.tensor_id for slot in slots if slot.rule.reduces and not slot.param.numel()]
-        self.empty = torch.tensor(empty, dtype=torch.int64, device=device)
+                    most = kind == "update" and slot.rule.takes_largest
+                    ids.setdefault((slot.groups, most), []).append(slot)
+            self.trusted[kind] = [
+                (_ids(mine, device), _ids([s for s in mine if not s.param.numel()], device), *key)
+                for key, mine in ids.items()
+            ]
         self.squares = []
         for groups in dict.fromkeys(slot.groups for slot in slots):
             launches = [i for i, bucket in enumerate(normed) if bucket.slots[0].groups == groups]
@@ -422,10 +436,11 @@ class MeshSums:
 
     def trust(self, kind: str, sums: torch.Tensor | None) -> None:
         """Completes the sums of each tensor that a norm launch ("gradient") or a probe ("update") gave."""
-        for index, groups in self.trusted[kind]:
-            if self.empty.numel():  # no launch writes these
-                sums.index_fill_(0, self.empty, 0)
-            whole = add_up(sums.index_select(0, index).double(), groups)
+        for index, empty, groups, most in self.trusted[kind]:
+            if empty.numel():  # no launch writes these
+                sums.index_fill_(0, empty, -torch.inf if most else 0)
+            mine = sums.index_select(0, index).double()
+            whole = largest(mine, groups) if most else add_up(mine, groups)
             sums.index_copy_(0, index, whole.to(sums.dtype))
 
     def square_sum(self, totals: torch.Tensor) -> torch.Tensor:

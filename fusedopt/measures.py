@@ -45,9 +45,10 @@ def check_devices(name: str, devices: dict) -> None:
 
 
 def needs_all_gradients(opt) -> bool:
-    """Whether a step of some parameters would need sums over others."""
+    """Whether a step of some parameters would need sums over others, or numbers that are given when all gradients are there."""
     rules = [opt.rule_for(group) for group in opt.param_groups]
-    return any(rule.measures is not None and rule.measures.scope != "tensor" for rule in rules)
+    measures = [rule.measures for rule in rules if rule.measures is not None]
+    return any(m.scope != "tensor" or m.given for m in measures)
 
 
 def choose(condition, a, b):
@@ -109,12 +110,12 @@ class _Scope:
                 for entry in entries:
                     entry[name] = self.memory[name]
 
-    def begin(self, scalars) -> None:
+    def begin(self, scalars, given: dict) -> None:
         """Writes what the rule's `start` makes of the memory."""
         for one in self.sets:
-            self._write(one, self.measures.start(self.memory, one.scalars(scalars)), scalars)
+            self._write(one, self.measures.start(self.memory, one.scalars(scalars) | given), scalars)
 
-    def take(self, function, sums: torch.Tensor, scalars, gradient_factor, found_inf) -> None:
+    def take(self, function, sums: torch.Tensor, scalars, given: dict, gradient_factor, found_inf) -> None:
         """Calls a rule's `norms` or `sums` and writes what it returns into the rows of the tensors."""
         first, second, numel = [], [], []
         for one in self.sets:
@@ -124,10 +125,12 @@ class _Scope:
             numel.append(one.numel)
         leader = max(self.sets, key=lambda one: scalars.rows[one.rows[0]].step)
         if self.shared:
-            sides = [torch.cat(side).sum() for side in (first, second, numel)]
+            sides = [torch.cat(side) for side in (first, second, numel)]
+            join = torch.amax if function is self.measures.sums and self.measures.largest else torch.sum
+            sides = [*(join(side) for side in sides[:2]), sides[2].sum()]
         else:
             sides = [first[0], second[0], numel[0]]
-        memory, measured = function(self.memory, *sides[:2], {**leader.scalars(scalars), "numel": sides[2]})
+        memory, measured = function(self.memory, *sides[:2], {**leader.scalars(scalars), **given, "numel": sides[2]})
         for name, new in memory.items():
             old = self.memory[name]
             old.copy_(new if found_inf is None else torch.where(found_inf, old, new))
@@ -168,8 +171,11 @@ class Measured:
 
     def __init__(self, slots: list, scalars, sums: torch.Tensor, opt):
         """scalars: the device's ScalarTable. sums: [tensor ids, 2], where norm launches and probes put theirs."""
-        self.scalars, self.sums = scalars, sums
+        self.scalars, self.sums, self.opt = scalars, sums, opt
         device = sums.device
+        for slot in slots:
+            if slot.rule.takes_largest and not slot.param.numel():  # no launch writes these
+                sums[slot.tensor_id] = -torch.inf
         found: dict[tuple, list] = {}
         for slot in slots:
             found.setdefault((slot.rule.name, scalars.rows[slot.row].like), []).append(slot)
@@ -182,8 +188,9 @@ class Measured:
         self.square_factor, self.skipped = None, None
 
     def begin(self, grad_scale, found_inf, clip) -> None:
-        """Takes what the prologue divides and multiplies gradients by (fp32 [1] or None) in this step."""
+        """Takes what the prologue divides and multiplies gradients by (fp32 [1] or None) in this step, and given numbers."""
         self.grad_scale, self.clip = grad_scale, clip
+        self.given = {name: x.to(self.sums.device, torch.float64) for name, x in self.opt.given.items()}
         self.skipped = None if found_inf is None else found_inf.view(()) != 0
 
     def take_norms(self) -> None:
@@ -195,12 +202,12 @@ class Measured:
             factor = factor * self.clip.double().view(())
         for scope in self.scopes:
             if scope.measures.start is not None:
-                scope.begin(self.scalars)
+                scope.begin(self.scalars, self.given)
             if scope.measures.norms is not None:
-                scope.take(scope.measures.norms, self.sums, self.scalars, factor.square(), self.skipped)
+                scope.take(scope.measures.norms, self.sums, self.scalars, self.given, factor.square(), self.skipped)
 
     def take_sums(self) -> None:
         """After the probes."""
         for scope in self.scopes:
             if scope.measures.sums is not None:
-                scope.take(scope.measures.sums, self.sums, self.scalars, None, self.skipped)
+                scope.take(scope.measures.sums, self.sums, self.scalars, self.given, None, self.skipped)

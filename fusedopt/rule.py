@@ -49,6 +49,8 @@ class Measures:
     sums(memory, first, second, c) -> (memory, numbers): after `norms`, from the sums of the two terms.
     terms(g, p, *states, **scalars) -> (a, b), terms_triton(g, p, *states, c) and the C++ rule's `terms`: of each element, with
         g and p as `direction` gets them.
+    largest: a probe takes the largest element of each term, over all of the scope, in place of their sums.
+    given: numbers that the caller hands to the step ("loss"), which c then holds too.
     last_step: the last step that needs the sums, where later ones do not (their probes are left out while counts are on the
         host; functions must not read the sums then).
     memory and numbers are dicts by name, of float64 tensors [tensors] (scope "tensor") or 0-dim; c holds the rule's scalars with
@@ -64,6 +66,8 @@ class Measures:
     sums: Callable | None = None
     terms: Callable | None = None
     terms_triton: Any = None
+    largest: bool = False
+    given: tuple[str, ...] = ()
     last_step: int | None = None
 
 
@@ -114,6 +118,11 @@ class Rule:
     def probes(self) -> bool:
         """Whether a probe launch sums something over each tensor."""
         return self.trust_on == "update" or self.measures is not None and self.measures.terms is not None
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether its probe takes the largest of its terms, not their sums."""
+        return self.measures is not None and self.measures.largest
 
     @property
     def memory(self) -> Mapping[str, float]:

@@ -135,7 +135,7 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   }
   constexpr bool kTerms = !Store && has_terms<Rule>;
   alignas(64) float buffer[3 + Rule::state_count + kTerms][kTile];
-  SquareSum param_sum, update_sum;
+  std::conditional_t<kTerms && takes_largest<Rule>, Largest, SquareSum> param_sum, update_sum;
   for (int64_t done = blocked; done < n; done += kTile) {
     const int64_t offset = start + done;
     const int count = int(n - done < kTile ? n - done : kTile);
@@ -163,7 +163,8 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
         float* partial = launch.partials + 2 * (row[kGrain] + offset / kGrainSize);
         partial[0] = param_sum.total();
         partial[1] = update_sum.total();
-        param_sum = update_sum = {};
+        param_sum = {};
+        update_sum = {};
       }
     }
   }
@@ -175,7 +176,8 @@ static void step(const Launch& launch) {
   if (launch.found_inf && *launch.found_inf != 0.f) return;
   if (launch.phase == kProbe) {
     for_chunks(launch, step_chunk<Rule, false>);
-    finish_sums(launch);
+    if constexpr (takes_largest<Rule>) finish_largest(launch);
+    else finish_sums(launch);
   } else {
     for_chunks(launch, step_chunk<Rule, true>);
   }

@@ -43,6 +43,29 @@ float SquareSum::total() const {
   return float(sum);
 }
 
+void Largest::add_terms(const float* x, int n) {
+  for (int i = 0; i < n; ++i) lane[i % kAccumulators] = join<true>(lane[i % kAccumulators], x[i]);
+}
+
+float Largest::total() const {
+  float most = lane[0];
+  for (float x : lane) most = join<true>(most, x);
+  return most;
+}
+
+void finish_largest(const Launch& launch) {
+  for (int64_t r = 0; r < launch.rows; ++r) {
+    const Row row(launch, r);
+    const float* partial = launch.partials + 2 * row[kGrain];
+    const int64_t grains = (row[kNumel] + kGrainSize - 1) / kGrainSize;
+    for (int side = 0; side < 2; ++side) {
+      float most = nothing<true, float>();
+      for (int64_t i = 0; i < grains; ++i) most = join<true>(most, partial[2 * i + side]);
+      launch.sums[2 * row.tensor() + side] = most;
+    }
+  }
+}
+
 void finish_sums(const Launch& launch) {
   double total = 0;
   for (int64_t r = 0; r < launch.rows; ++r) {

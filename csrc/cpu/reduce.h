@@ -15,7 +15,19 @@ struct SquareSum {
   float total() const;
 };
 
+// The largest element of a grain, with the same interface: of any order the same; NaN where one is NaN.
+struct Largest {
+  float lane[kAccumulators];
+
+  Largest() { for (float& x : lane) x = nothing<true, float>(); }
+  void add_terms(const float* x, int n);
+  float total() const;
+};
+
 // Adds up the partial sums: per tensor into sums; a norm's gradients also into totals, the global norm and the clip coefficient.
 void finish_sums(const Launch& launch);
+
+// The same of partial maxima.
+void finish_largest(const Launch& launch);
 
 }  // namespace fo

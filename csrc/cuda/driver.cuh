@@ -115,12 +115,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 #pragma unroll
     for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], mode.format(i), scale[i], tables);
 
-    Pair square = {0.f, 0.f};
+    constexpr bool kLargest = takes_largest<Rule>;
+    Pair square = {nothing<kLargest, float>(), nothing<kLargest, float>()};
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
       if constexpr (Probe && has_terms<Rule>) {
         const Pair t = terms<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
-        if (full || i < live) square.first += t.first, square.second += t.second;
+        if (full || i < live) square = join<kLargest>(square, t);
         continue;
       }
       const float u = direction<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
@@ -133,10 +134,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
     }
     if (Probe) {
       const int grain = block / kGrainSize;
-      square = warp_sum(square);
+      square = warp_join<kLargest>(square);
       if (lane == 0) sums.block[grain % kPassGrains][warp] = square;
       const bool last = block + kGrainSize >= end;
-      if (grain % kPassGrains == kPassGrains - 1 || last) store_grains(launch, work, sums, grain - grain % kPassGrains);
+      if (grain % kPassGrains == kPassGrains - 1 || last) store_grains<kLargest>(launch, work, sums, grain - grain % kPassGrains);
       continue;
     }
 
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
       else store_octet_masked(states[i], at, live, out);
     }
   }
-  if (Probe) finish_row<false>(launch, work);
+  if (Probe) finish_row<false, takes_largest<Rule>>(launch, work);
 }
 
 template <class Rule>

@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kThreads, 3) norm_kernel(const __grid_constant
   for (int grain = 0; grain * kGrainSize < work.count; grain += kPassGrains) {
     block_squares(launch, work, kGrad, launch.grad_dtype, grain, &Pair::second, sums);
     if (launch.sums) block_squares(launch, work, kParam, launch.param_dtype, grain, &Pair::first, sums);
-    store_grains(launch, work, sums, grain);
+    store_grains<false>(launch, work, sums, grain);
   }
-  finish_row<true>(launch, work);
+  finish_row<true, false>(launch, work);
 }
 
 }  // namespace fo

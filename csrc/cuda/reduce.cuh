@@ -1,4 +1,4 @@
-// Deterministic sums without float atomics: block -> grain (2048 elements) -> row -> launch, each in a fixed order.
+// Deterministic sums (or maxima, for rules that take those) without float atomics: block -> grain (2048 elements) -> row -> launch, each in a fixed order.
 // Grains do not depend on the chunk size, and who sums does not matter: the last CTA of a row adds the row's grains in order.
 #pragma once
 #include "../stages.h"
@@ -30,11 +30,12 @@ FO_DEV Work make_work(const Launch& launch) {
   return w;
 }
 
-FO_DEV Pair warp_sum(Pair x) {
+template <bool Largest>
+FO_DEV Pair warp_join(Pair x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    x.first += __shfl_xor_sync(kAllLanes, x.first, distance);
-    x.second += __shfl_xor_sync(kAllLanes, x.second, distance);
+    const Pair other = {__shfl_xor_sync(kAllLanes, x.first, distance), __shfl_xor_sync(kAllLanes, x.second, distance)};
+    x = join<Largest>(x, other);
   }
   return x;
 }
@@ -42,16 +43,14 @@ FO_DEV Pair warp_sum(Pair x) {
 constexpr int kPassGrains = 8;  // grains summed between two barriers: a chunk of the largest size plan uses
 struct BlockSums { Pair block[kPassGrains][kBlocksPerGrain]; };
 
-// All threads: one thread per grain adds its 8 blocks in order. `grain` counts from the chunk's first.
+// All threads: one thread per grain joins its 8 blocks in order. `grain` counts from the chunk's first.
+template <bool Largest>
 FO_DEV void store_grains(const Launch& launch, const Work& work, BlockSums& sums, int grain) {
   __syncthreads();
   int mine = grain + int(threadIdx.x);
   if (threadIdx.x < kPassGrains && mine * kGrainSize < work.count) {
     Pair s = sums.block[threadIdx.x][0];
-    for (int i = 1; i < kBlocksPerGrain; ++i) {
-      s.first += sums.block[threadIdx.x][i].first;
-      s.second += sums.block[threadIdx.x][i].second;
-    }
+    for (int i = 1; i < kBlocksPerGrain; ++i) s = join<Largest>(s, sums.block[threadIdx.x][i]);
     float* out = launch.partials + 2 * (entry(launch, kGrain, work.row) + work.first / kGrainSize + mine);
     out[0] = s.first;
     out[1] = s.second;
@@ -62,12 +61,13 @@ FO_DEV void store_grains(const Launch& launch, const Work& work, BlockSums& sums
 
 struct Total { double first[kThreads], second[kThreads]; };
 
-FO_DEV void sum_threads(Total& total) {  // into entry 0
+template <bool Largest>
+FO_DEV void join_threads(Total& total) {  // into entry 0
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (int(threadIdx.x) < half) {
-      total.first[threadIdx.x] += total.first[threadIdx.x + half];
-      total.second[threadIdx.x] += total.second[threadIdx.x + half];
+      total.first[threadIdx.x] = join<Largest>(total.first[threadIdx.x], total.first[threadIdx.x + half]);
+      total.second[threadIdx.x] = join<Largest>(total.second[threadIdx.x], total.second[threadIdx.x + half]);
     }
   }
 }
@@ -86,7 +86,7 @@ FO_DEV void store_norm(const Launch& launch, double total) {
 
 // All threads, after the partials of the chunk are stored. Counts finished chunks; the last CTA of a row stores the row's sums,
 // and, for kNorm, the last CTA of the launch its total. Empty rows have no chunk and are passed over.
-template <bool IsNorm>
+template <bool IsNorm, bool Largest>
 FO_DEV void finish_row(const Launch& launch, const Work& work) {
   __shared__ Total total;
   __shared__ bool last;
@@ -97,14 +97,14 @@ FO_DEV void finish_row(const Launch& launch, const Work& work) {
   __threadfence();
   float* partials = launch.partials + 2 * entry(launch, kGrain, work.row);
   const int64_t grains = (work.numel + kGrainSize - 1) / kGrainSize;
-  double first = 0, second = 0;
+  double first = nothing<Largest, double>(), second = first;
   for (int64_t i = threadIdx.x; i < grains; i += kThreads) {
-    first += double(__ldcg(partials + 2 * i));
-    second += double(__ldcg(partials + 2 * i + 1));
+    first = join<Largest>(first, double(__ldcg(partials + 2 * i)));
+    second = join<Largest>(second, double(__ldcg(partials + 2 * i + 1)));
   }
   total.first[threadIdx.x] = first;
   total.second[threadIdx.x] = second;
-  sum_threads(total);
+  join_threads<Largest>(total);
   __syncthreads();
   if (threadIdx.x == 0) {
     launch.counters[work.row] = 0;
@@ -130,7 +130,7 @@ FO_DEV void finish_row(const Launch& launch, const Work& work) {
   __syncthreads();
   total.first[threadIdx.x] = 0;
   total.second[threadIdx.x] = second;
-  sum_threads(total);
+  join_threads<false>(total);
   if (threadIdx.x == 0) {
     launch.counters[launch.rows] = 0;
     store_norm(launch, total.second[0]);

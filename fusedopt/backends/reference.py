@@ -96,7 +96,8 @@ class ReferenceBackend(MatrixKernels):
             g = g * rule.trust(param_sq, grad_sq * (mul * mul), **named)
 
         if work.phase == Phase.PROBE and rule.measures is not None:
-            work.sums[item.tensor_id] = torch.stack([x.sum() for x in rule.measures.terms(g, p, *states, **named)])
+            join = torch.amax if rule.takes_largest else torch.sum
+            work.sums[item.tensor_id] = torch.stack([join(x) for x in rule.measures.terms(g, p, *states, **named)])
             return
         u, *states = rule.reference(g, p, *states, **named)
 

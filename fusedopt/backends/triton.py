@@ -55,9 +55,11 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
     codes = [code | RAISED * up for code, up in zip(codes, _raised(rule.name), strict=True)] if codes else []
     codes += [-1] * (MAX_STATES - len(codes))
     narrow = any(dtype != torch.float32 for dtype in (param_dtype, grad_dtype, *(form.storage for form in formats)))
+    terms = rule.measures if phase == Phase.PROBE else None
     return {
         "DIRECTION": None if norm else rule.direction,
-        "TERMS": rule.measures.terms_triton if phase == Phase.PROBE and rule.measures is not None else None,
+        "TERMS": None if terms is None else terms.terms_triton,
+        "LARGEST": terms is not None and terms.largest,
         "TRUST": None if norm else rule.trust_triton,
         "TRUST_ON": 0 if norm else _TRUST[rule.trust_on],
         **{f"F{i}": code for i, code in enumerate(codes)},

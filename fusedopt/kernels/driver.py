@@ -11,7 +11,7 @@ import triton.language as tl
 from fusedopt.kernels.access import load_stream, row_pointer
 from fusedopt.kernels.bits import widen
 from fusedopt.kernels.precision import companion_pointer, load_param, store_param
-from fusedopt.kernels.reductions import finish_norm, last_of, launch_total, row_sums
+from fusedopt.kernels.reductions import finish_norm, largest, last_of, launch_total, row_largest, row_sums
 from fusedopt.kernels.states import BF16_STOCHASTIC, INT4, INT8, load_state, state_pointer, store_state
 
 # 2048 elements are one grain of the partial sums, and 8 elements for each of 256 threads: one 16-byte piece of a 16-bit
@@ -50,7 +50,7 @@ def launch_options(fixed: dict, nvidia: bool) -> dict:
 def step_tile(
     p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
     mul, l2, q, lr, decay, seed, step, tensor, first_octet,
-    DIRECTION: tl.constexpr, TERMS: tl.constexpr,
+    DIRECTION: tl.constexpr, TERMS: tl.constexpr, LARGEST: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,10 @@ def step_tile(
     else:
         u = DIRECTION(g, p, c)
 
-    if TERMS is not None:
+    if LARGEST:
+        tl.store(grain + 2 * tile, largest(tl.where(inside, a, float("-inf"))))
+        tl.store(grain + 2 * tile + 1, largest(tl.where(inside, b, float("-inf"))))
+    elif TERMS is not None:
         tl.store(grain + 2 * tile, tl.sum(tl.where(inside, a, 0.0)))
         tl.store(grain + 2 * tile + 1, tl.sum(tl.where(inside, b, 0.0)))
     elif PHASE == PROBE:
@@ -171,7 +174,7 @@ def norm_grains(p_row, g_row, tile, stop, grain, WITH_PARAM: tl.constexpr, ALIGN
 def step_kernel(
     table, chunks, scalars, grad_scale, found_inf, clip, partials, sums, totals, norm, counters,
     rows, live_rows, chunk, max_norm, total_index, total_count,
-    DIRECTION: tl.constexpr, TERMS: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
+    DIRECTION: tl.constexpr, TERMS: tl.constexpr, LARGEST: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -248,13 +251,16 @@ def step_kernel(
             step_tile(
                 p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
                 mul, l2, q, lr, decay, seed, step, tensor, first_octet,
-                DIRECTION, TERMS, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
+                DIRECTION, TERMS, LARGEST, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
             )  # fmt: skip
             tile += 1
 
     if PHASE == PROBE or PHASE == NORM:
         if last_of(counters + row, (numel + chunk - 1) // chunk):
-            pairs = row_sums(grain, (numel + TILE - 1) // TILE)
+            if LARGEST:
+                pairs = row_largest(grain, (numel + TILE - 1) // TILE)
+            else:
+                pairs = row_sums(grain, (numel + TILE - 1) // TILE)
             side = tl.arange(0, 2)
             if sums is not None:
                 tl.store(sums + 2 * tensor + side, pairs)

@@ -43,6 +43,28 @@ def row_sums(partials, count):
 
 
 @triton.jit
+def largest(x, axis: tl.constexpr = None):
+    """The largest along an axis; NaN where one is NaN."""
+    return tl.max(x, axis) + tl.sum(tl.where(x != x, x, 0.0), axis)
+
+
+@triton.jit
+def row_largest(partials, count):
+    """(2,) largest of the `count` pairs at `partials`."""
+    index = tl.arange(0, PAIRS)[:, None]
+    side = tl.arange(0, 2)[None, :]
+    most = tl.full((PAIRS, 2), float("-inf"), tl.float32)
+    start = count * 0
+    while start < count:
+        more = tl.load(
+            partials + (start + index) * 2 + side, mask=start + index < count, other=float("-inf"), cache_modifier=".cg"
+        )
+        most = tl.where((more > most) | (more != more), more, most)
+        start += PAIRS
+    return largest(most, 0)
+
+
+@triton.jit
 def launch_total(table, partials, rows):
     """Sum over rows of |g|^2, which each row's last program left in the second entry of the row's first grain."""
     index = tl.arange(0, ROWS)
