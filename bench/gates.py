@@ -263,6 +263,12 @@ def triton_gates(targets: list[str] | None) -> list[Gate]:
         if budget is not None:
             count, what = row["per_parameter"], f"{row['kernel']} {row['target']}: instructions per parameter"
             rows.append(Gate("triton", what, f"{count:.1f}", f"<= {budget}", OK if count <= budget else FAIL))
+    others = {str(case): case for case in module.OTHERS}
+    for row in module.resources((targets or ("sm_90",))[:1], module.OTHERS):
+        limit = module.register_ceiling(others[row["kernel"]], row["target"])
+        good = OK if row["registers"] <= limit and row["spills"] == 0 else FAIL
+        what, value = f"{row['kernel']} {row['target']}: registers, spills", f"{row['registers']}, {row['spills']}"
+        rows.append(Gate("triton", what, value, f"<= {limit}, 0", good))
     return rows
 
 

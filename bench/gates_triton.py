@@ -67,7 +67,8 @@ def register_ceiling(case: Case | Blockwise, target: str) -> int:
     if isinstance(case, Blockwise):
         return 64
     coded = sum(get_format(name).block > 0 for name in case.names)
-    return 192 if not case.aligned or coded > 2 else 128
+    heavy = ("coded" if coded else "plain") in get_rule(case.rule).heavy
+    return 192 if not case.aligned or coded > 2 or heavy else 128
 
 
 # A few rules in their cheapest and in a dense storage; formats, precisions, types and phases where they take other code.
@@ -93,10 +94,21 @@ CASES = (
     *(Blockwise("int4", True, encode) for encode in (True, False)),
     Blockwise("int8", False, True, F32),
 )
-# Every other rule, and its probe. Some spill a few words under the limits of launch_options.
+# Every other rule and its probe, with plain states and with the codes that take most registers.
 NAMED = {case.rule for case in CASES if isinstance(case, Case)}
-OTHERS = tuple(Case(rule) for rule in list_rules() if rule not in NAMED)
-OTHERS += tuple(Case(case.rule, phase=Phase.PROBE) for case in OTHERS if get_rule(case.rule).probes)
+
+
+def _others():
+    for rule in (name for name in list_rules() if name not in NAMED):
+        states = get_rule(rule).states
+        formats = tuple("fp32" if state.wide else "int4" for state in states)
+        for phase in (Phase.FUSED, Phase.PROBE) if get_rule(rule).probes else (Phase.FUSED,):
+            yield Case(rule, phase=phase)
+            if "int4" in formats:
+                yield Case(rule, formats, BF16, BF16, "stochastic", phase)
+
+
+OTHERS = tuple(_others())
 
 # Instructions executed for each parameter of AdamW with bf16 parameters and gradients: a ceiling for sm_90 and Triton 3.9.
 # At the memory limit an H200 has time for about 78 with 8-bit states and 63 with int4 (DESIGN, section 5).
@@ -138,7 +150,7 @@ def _source(case: Case | Blockwise):
     integers = ("rows", "live_rows", "chunk", "total_index", "total_count")
     types |= dict.fromkeys(integers, "i32")
     signature = {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in step_kernel.arg_names}
-    return ASTSource(step_kernel, signature, fixed), lambda nvidia: launch_options(fixed, nvidia)
+    return ASTSource(step_kernel, signature, fixed), lambda nvidia: launch_options(fixed, nvidia, rule.heavy)
 
 
 def cuda_listing(kernel, what: str = "-sass") -> str:

@@ -86,6 +86,8 @@ class Rule:
         that decoupled decay takes; lr * weight_decay where there is none. Both under the conditions of `scalars`.
     derived: numbers that the torch.optim class of the rule keeps in its state and that follow from h and the step count here.
     measures: numbers of whole tensors beside the trust ratio.
+    heavy: kinds of states, "plain" (fp32) or "coded" (blockwise), with which the Triton step spills under the registers that its
+        number of states allows (kernels/driver.py); it then gets more.
     internal: a building block of projections that no optimizer class steps by itself.
     """
 
@@ -102,6 +104,7 @@ class Rule:
     decay: Callable[[Mapping[str, Any], Any], Any] | None = None
     derived: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = field(default_factory=dict)
     measures: Measures | None = None
+    heavy: tuple[str, ...] = ()
     internal: bool = False
 
     @property

@@ -50,8 +50,7 @@ if __name__ == "__main__":
 
 
 def test_every_other_rule_compiles(tmp_path):
-    """Within two programs an SM; nine of them spill up to 46 bytes for that, which is to be mended."""
-    from bench.gates_triton import CASES, Case
+    from bench.gates_triton import CASES, Case, register_ceiling
     from bench.gates_triton import OTHERS as others
     from fusedopt.rule import list_rules
 
@@ -60,9 +59,10 @@ def test_every_other_rule_compiles(tmp_path):
     found = {row["kernel"]: row for row in compiled(str(script))}
     assert found.keys() == {str(case) for case in others}
     assert {case.rule for case in (*CASES, *others) if isinstance(case, Case)} == set(list_rules()) | {"sgd"}
-    assert all(row["registers"] <= 128 for row in found.values())
+    limits = {str(case): register_ceiling(case, "sm_90") for case in others}
+    assert {name for name, row in found.items() if row["registers"] > limits[name]} == set()
     spilling = {name: row["spills"] for name, row in found.items() if row["spills"]}
-    assert not NEW or len(spilling) <= 9 and all(spills <= 46 for spills in spilling.values()), spilling
+    assert not NEW or not spilling
 
 
 def test_every_storage_compiles_for_every_target(rows):
@@ -170,7 +170,7 @@ bind = create_function_from_signature(kernel.signature, kernel.params, make_back
 def specialization(offset, n):
     words, floats = torch.zeros(64, dtype=torch.int64)[offset:], torch.zeros(64)[offset:]
     pointers = [words, words, *[floats] * 8, words.int()]
-    constants = [None, None, None, 0, -1, -1, -1, -1, 1, 2, False, 0, True]
+    constants = [None, None, False, None, 0, -1, -1, -1, -1, 1, 2, False, 0, True]
     return bind(*pointers, n, n, n * 2048, float(n), n - 1, n, *constants)[1]
 
 assert specialization(0, 1) == specialization(1, 16) == specialization(3, 17)

@@ -218,7 +218,8 @@ class TritonBackend(MatrixKernels):
             fixed = constants(
                 work.rule, work.formats, key.param_dtype, key.grad_dtype, work.precision.name, work.phase, key.aligned
             )
-            fixed |= launch_options(fixed, nvidia=work.table.is_cuda and torch.version.hip is None)
+            nvidia = work.table.is_cuda and torch.version.hip is None
+            fixed |= launch_options(fixed, nvidia, work.rule.heavy)
             fixed["live_rows"] = sum(item.param.numel() > 0 for item in work.items)
             work.cache["triton"] = fixed
         step_kernel[(chunks,)](

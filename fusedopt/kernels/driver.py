@@ -26,24 +26,25 @@ DIRECTION_ONLY = tl.constexpr(4)
 HEAD = tl.constexpr(8)
 
 
-def launch_options(fixed: dict, nvidia: bool) -> dict:
+def launch_options(fixed: dict, nvidia: bool, heavy: tuple[str, ...] = ()) -> dict:
     """Compile options for the compile-time arguments `fixed`. fp fusion is pinned: its default changes in Triton 3.10.
 
     256 threads, so that each holds 8 elements. Limits on registers: left alone, ptxas takes 150 for two int8 states and
     one program fills an NVIDIA SM. 128 let 2 programs share it: the leanest step (AdamW with int8 states, 6 bytes read
     an element) then has 24 KB in flight. 80 let 3, for steps with one simple state or none. Three int8 or int4 states
-    and unaligned rows need more. The limits spill nowhere in the
-    steps of Adam, Lion, SGD, LARS and LAMB (bench gates), and a few registers in those of some other rules.
+    and unaligned rows need more. heavy: kinds of states ("plain",
+    "coded") with which a rule would spill under its limit (Rule.heavy): it gets the next. Nothing spills then (bench gates).
     """
     options = {"num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
     if not nvidia:
         return options
     codes = [fixed[f"F{i}"] & 0xFF for i in range(4) if fixed[f"F{i}"] >= 0]
-    heavy = sum(code in (INT8.value, INT4.value) for code in codes)
-    if heavy > 2 or not fixed["ALIGNED"]:
+    coded = sum(code in (INT8.value, INT4.value) for code in codes)
+    if coded > 2 or not fixed["ALIGNED"]:
         return options | {"maxnreg": 192}
-    simple = heavy == 0 and len(codes) <= 1 and BF16_STOCHASTIC.value not in codes and fixed["PHASE"] != NORM.value
-    return options | {"maxnreg": 80 if simple else 128}
+    simple = coded == 0 and len(codes) <= 1 and BF16_STOCHASTIC.value not in codes and fixed["PHASE"] != NORM.value
+    more = ("coded" if coded else "plain") in heavy and fixed["PHASE"] == FUSED.value
+    return options | {"maxnreg": (80, 128, 192)[(not simple) + more]}
 
 
 @triton.jit

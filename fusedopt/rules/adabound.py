@@ -67,6 +67,7 @@ AMSBOUND = register(
         scalars,
         reference_amsbound,
         direction_amsbound,
+        heavy=("plain",),
     )
 )
 

@@ -31,6 +31,7 @@ ADAGRAD = register(
         scalars,
         reference,
         direction,
+        heavy=("plain",),
     )
 )
 

@@ -95,7 +95,7 @@ def terms_amsgrad(g, p, exp_avg, exp_avg_sq, max_exp_avg_sq, c):
 
 
 ADAM_CAUTIOUS = register(cautious(ADAM, "mean", direction_cautious, terms))
-AMSGRAD_CAUTIOUS = register(cautious(AMSGRAD, "mean", direction_amsgrad_cautious, terms_amsgrad))
+AMSGRAD_CAUTIOUS = register(cautious(AMSGRAD, "mean", direction_amsgrad_cautious, terms_amsgrad, heavy=("plain",)))
 
 
 @register_optimizer("adam")

@@ -48,6 +48,7 @@ ADAMOD = register(
         reference,
         direction,
         step_size=step_size,
+        heavy=("plain",),
     )
 )
 

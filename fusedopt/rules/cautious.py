@@ -36,9 +36,9 @@ def _factor(memory, elements, kept, c):
     return {}, {"lr_factor": c["numel"] / torch.maximum(kept + c["kept_add"], least)}
 
 
-def cautious(rule: Rule, default: str, direction, terms_triton) -> Rule:
+def cautious(rule: Rule, default: str, direction, terms_triton, heavy: tuple[str, ...] = ()) -> Rule:
     """The cautious variant of a rule. default: what cautious=True means. direction, terms_triton: its Triton bodies, made of
-    `keep` and `agree`; its scalars are the rule's, then NAMES."""
+    `keep` and `agree`; its scalars are the rule's, then NAMES. heavy: see Rule."""
 
     def scalars(h, step):
         return *rule.scalars(h, step), *NORMALISERS[default if h["cautious"] is True else h["cautious"]]
@@ -61,4 +61,5 @@ def cautious(rule: Rule, default: str, direction, terms_triton) -> Rule:
         step_size=rule.step_size,
         decay=rule.decay,
         measures=Measures(("lr_factor",), sums=_factor, terms=terms, terms_triton=terms_triton),
+        heavy=heavy,
     )

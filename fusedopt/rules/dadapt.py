@@ -88,6 +88,7 @@ DADAPT_ADAM = register(
             terms=terms,
             terms_triton=terms_triton,
         ),
+        heavy=("plain",),
     )
 )
 

@@ -43,7 +43,15 @@ def direction(g, p, exp_avg, exp_avg_sq, c):
 
 
 EXADAM = register(
-    Rule("exadam", (State("exp_avg"), State("exp_avg_sq", signed=False)), NAMES, scalars, reference, direction)
+    Rule(
+        "exadam",
+        (State("exp_avg"), State("exp_avg_sq", signed=False)),
+        NAMES,
+        scalars,
+        reference,
+        direction,
+        heavy=("plain",),
+    )
 )
 
 

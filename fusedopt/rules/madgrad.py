@@ -90,6 +90,7 @@ MADGRAD_MOMENTUM = register(
         reference_momentum,
         direction_momentum,
         **RATES,
+        heavy=("plain",),
     )
 )
 

@@ -51,6 +51,7 @@ OPT_AMSGRAD = register(
         reference,
         direction,
         step_size=lambda h, step: 1.0,
+        heavy=("plain",),
     )
 )
 

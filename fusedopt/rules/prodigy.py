@@ -102,6 +102,7 @@ PRODIGY = register(
             terms=terms,
             terms_triton=terms_triton,
         ),
+        heavy=("plain",),
     )
 )
 

@@ -81,9 +81,11 @@ def direction_centered_momentum(g, p, square_avg, grad_avg, momentum_buffer, c):
 
 
 SQUARE, MEAN, BUFFER = State("square_avg", signed=False), State("grad_avg"), State("momentum_buffer")
-PLAIN = register(Rule("rmsprop", (SQUARE,), NAMES, scalars, reference, direction))
+PLAIN = register(Rule("rmsprop", (SQUARE,), NAMES, scalars, reference, direction, heavy=("plain",)))
 MOMENTUM = register(Rule("rmsprop_momentum", (SQUARE, BUFFER), NAMES, scalars, reference_momentum, direction_momentum))
-CENTERED = register(Rule("rmsprop_centered", (SQUARE, MEAN), NAMES, scalars, reference_centered, direction_centered))
+CENTERED = register(
+    Rule("rmsprop_centered", (SQUARE, MEAN), NAMES, scalars, reference_centered, direction_centered, heavy=("coded",))
+)
 CENTERED_MOMENTUM = register(
     Rule(
         "rmsprop_centered_momentum",
