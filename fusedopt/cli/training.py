@@ -148,6 +148,19 @@ def evaluate(model: GPT, windows: torch.Tensor, batch: int) -> float:
 
 
 @contextmanager
+def averaged(opt: torch.optim.Optimizer):
+    """The weights to evaluate at: those of schedule-free optimizers are an average beside the ones that are trained."""
+    if not hasattr(opt, "eval"):
+        yield
+        return
+    opt.eval()
+    try:
+        yield
+    finally:
+        opt.train()
+
+
+@contextmanager
 def deterministic():
     """Deterministic algorithms where there are any, so that runs differ by their optimizer only."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -195,8 +208,10 @@ def train(name: str, setup: Setup) -> Run:
             bar.set_postfix_str(f"loss {run.losses[-1]:.3f}", refresh=False)
             bar.update(1)
             if (step + 1) % every == 0 and step + 1 + every // 2 < setup.steps:
-                run.held_out.append((step + 1, evaluate(model, held_out, setup.batch)))
-        run.held_out.append((setup.steps, evaluate(model, held_out, setup.batch)))
+                with averaged(opt):
+                    run.held_out.append((step + 1, evaluate(model, held_out, setup.batch)))
+        with averaged(opt):
+            run.held_out.append((setup.steps, evaluate(model, held_out, setup.batch)))
     bar.close()
     run.state_bytes = fusedopt.state_bytes(opt)
     run.step_time, run.iteration_time = statistics.median(step_times), statistics.median(iteration_times)
