@@ -289,6 +289,18 @@ ORACLES = {
         reductions.LDoG,
         combine(lr=[1.0, 0.5], reps_rel=[1e-2, 1e-6], eps=[1e-8, 1.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
+    "adam_cm": (
+        reductions.AdamCM,
+        combine(
+            lr=[0.02],
+            betas=[(0.8, 0.95)],
+            eps=[1e-8, 1e-2],
+            weight_decay=[0.0, 0.1],
+            capacity=[5, 2],
+            decay=[0.7, 1.0],
+            maximize=[False, True],
+        ),
+    ),
     "adaptive_braking": (
         reductions.AdaptiveBraking,
         combine(lr=[0.05], momentum=[0.9, 0.5], rho=[0.7, 2.0], weight_decay=[0.0, 0.1], maximize=[False, True]),

@@ -2,8 +2,10 @@
 
 from fusedopt.transforms.base import Transform
 from fusedopt.transforms.clipping import AdaptiveClip, ClipComponents, ClipFraction, ClipValue
+from fusedopt.transforms.critical import CriticalMomenta
 from fusedopt.transforms.filters import Grokfast, GrokfastMA
 from fusedopt.transforms.losses import Bloop
+from fusedopt.transforms.masking import Cautious, GradientGrouping
 from fusedopt.transforms.normalising import Centralize, Normalize, UnitNorm
 from fusedopt.transforms.orthogonal import OrthoGrad
 from fusedopt.transforms.private import ErrorFeedback, PrivacyNoise
@@ -12,7 +14,8 @@ from fusedopt.transforms.wrappers import LAWN, Layca, Lookahead, NormLoss, Quant
 
 TRANSFORMS = (
     Grokfast, GrokfastMA, OrthoGrad, ClipValue, ClipFraction, ClipComponents, AdaptiveClip, Centralize, Normalize, UnitNorm,
-    Lookahead, LAWN, Layca, QuantizationPull, NormLoss, StableDecay, Hypergradient, Bloop, PrivacyNoise, ErrorFeedback,
+    Lookahead, LAWN, Layca, QuantizationPull, NormLoss, StableDecay, Hypergradient, Bloop, PrivacyNoise, ErrorFeedback, Cautious,
+    GradientGrouping, CriticalMomenta,
 )  # fmt: skip
 
 __all__ = ["TRANSFORMS", "Transform", "list_transforms", *(cls.__name__ for cls in TRANSFORMS)]

@@ -15,6 +15,7 @@ import torch
 from fusedopt.checks import describe
 from fusedopt.distributed import add_up, is_dtensor, is_partial, local, partition_of, sharded_dims
 from fusedopt.memory import empty_like, flat, is_dense, strides_match
+from fusedopt.numbers import ScalarTable
 from fusedopt.weights import Int8Weight
 
 # Elements that a transform with temporaries works on at a time: few launches on a GPU, what fits in a cache on the CPU
@@ -25,14 +26,15 @@ SCOPES = ("element", "row", "tensor", "model")
 class Transform:
     """Base of the gradient transforms, which are frozen dataclasses: options only, no tensors.
 
-    name: begins the name of its count. keeps: names of its states. scope: what it sums over: nothing ("element"), dimensions
-    but the first ("row"), a tensor, or all tensors ("model"). counts: keeps the number of its steps of each parameter.
-    whole: needs tensors that are not split. reads_weights: looks at the weights, which int8 weights do not have in floating
-    point. after_step: has `after`.
+    name: begins the name of its count. keeps: names of its states. codes: those of them that are uint8. scope: what it sums
+    over: nothing ("element"), dimensions but the first ("row"), a tensor, or all tensors ("model"). counts: keeps the number of
+    its steps of each parameter. whole: needs tensors that are not split. reads_weights: looks at the weights, which int8
+    weights do not have in floating point. after_step: has `after`.
     """
 
     name = ""
     keeps: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
     scope = "element"
     counts = False
     whole = False
@@ -95,6 +97,7 @@ class Batch:
 
     skip: bool, 0-dim on the device, where the device alone knows whether found_inf skips the step; gradients are zero then.
     on_device: whether counts live on the device and must not be looked at. constants: of the plan, see `constant`.
+    scalars: the plan's numbers on the device, in `after` those of the step.
     """
 
     opt: torch.optim.Optimizer
@@ -104,6 +107,7 @@ class Batch:
     skip: torch.Tensor | None
     on_device: bool
     constants: dict
+    scalars: ScalarTable
     kept: dict = field(default_factory=dict)  # what `before` leaves for `after`
 
     def __len__(self) -> int:
@@ -126,7 +130,7 @@ class Batch:
     def only(self, which: list[int]) -> Batch:
         """A batch of some of its slots."""
         slots, grads = [self.slots[i] for i in which], [self.grads[i] for i in which]
-        return Batch(self.opt, self.device, slots, grads, self.skip, self.on_device, self.constants)
+        return Batch(self.opt, self.device, slots, grads, self.skip, self.on_device, self.constants, self.scalars)
 
     def chunks(self) -> Iterator[Batch]:
         """Batches of at most a chunk of elements, or of one tensor; of whole tensors, so that every process of a mesh makes the
@@ -255,9 +259,14 @@ def _laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 # What an optimizer calls
 
 
+def listed(transforms) -> tuple:
+    """What was given as gradient_transforms, as a tuple: one transform, or several in order."""
+    return (transforms,) if isinstance(transforms, Transform) else tuple(transforms)
+
+
 def check(opt_name: str, transforms, differentiable: bool) -> tuple[Transform, ...]:
     """The transforms as a tuple. Raises ValueError for what cannot be used together."""
-    transforms = (transforms,) if isinstance(transforms, Transform) else tuple(transforms)
+    transforms = listed(transforms)
     for t in transforms:
         if not isinstance(t, Transform):
             raise ValueError(
@@ -293,8 +302,10 @@ def tensors_of(opt, p: torch.Tensor, group: dict) -> dict[str, tuple[int, ...]]:
     return {name: shape for t in applied(opt, group) for name, shape in t.tensors(local(p)).items()}
 
 
-def _new_state(p: torch.Tensor, shape: tuple[int, ...], on_device: bool) -> torch.Tensor:
+def _new_state(opt, p: torch.Tensor, name: str, shape: tuple[int, ...], on_device: bool) -> torch.Tensor:
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if any(name in t.codes for t in opt.gradient_transforms):
+        dtype = torch.uint8
     if shape == tuple(p.shape) and p.dim():
         return empty_like(p, dtype).zero_()
     return torch.zeros(shape, dtype=dtype, device=p.device if shape or on_device else "cpu")
@@ -304,7 +315,7 @@ def allocate(opt, p: torch.Tensor, group: dict, entry) -> None:
     """Gives a parameter's state dict what its transforms need and it does not have yet. entry: as a step sees it."""
     for name, shape in tensors_of(opt, p, group).items():
         if name not in entry:
-            entry[name] = _new_state(local(p), shape, _on_device(opt, p, group, name))
+            entry[name] = _new_state(opt, local(p), name, shape, _on_device(opt, p, group, name))
 
 
 def _on_device(opt, p: torch.Tensor, group: dict, name: str) -> bool:
@@ -323,9 +334,10 @@ def take(opt, what: str, p: torch.Tensor, group: dict, entry: dict, out) -> None
                 f"{what}: the loaded {name!r} has shape {found}, its gradient transform keeps one of shape {shape}. Load a "
                 "state dict of the same model and transforms."
             )
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{what}: the loaded {name!r} is {tensor.dtype}, not floating point.")
-        out[name] = _new_state(local(p), shape, _on_device(opt, p, group, name)).copy_(tensor)
+        new = _new_state(opt, local(p), name, shape, _on_device(opt, p, group, name))
+        if tensor.dtype.is_floating_point != new.dtype.is_floating_point:
+            raise ValueError(f"{what}: the loaded {name!r} is {tensor.dtype}, not {new.dtype}.")
+        out[name] = new.copy_(tensor)
 
 
 @torch.no_grad()
@@ -370,6 +382,7 @@ def batches(opt, plan, grads: list[torch.Tensor], found) -> list[Batch]:
             chosen.setdefault((slot.param.device, grads[slot.position].dtype, on_device), []).append(slot)
     # a step whose counts are on the host has waited for found_inf
     unknown = found is not None and all(on_device for *_, on_device in chosen)
+    tables = {part.device: part.scalars for part in plan.devices}
     out = []
     for (device, _, on_device), slots in chosen.items():
         skip = (found.to(device).view(()) != 0) if unknown else None
@@ -377,7 +390,7 @@ def batches(opt, plan, grads: list[torch.Tensor], found) -> list[Batch]:
         if skip is not None:
             for g in mine:
                 g.copy_(torch.where(skip, torch.zeros((), dtype=g.dtype, device=device), g))
-        out.append(Batch(opt, device, slots, mine, skip, on_device, plan.constants))
+        out.append(Batch(opt, device, slots, mine, skip, on_device, plan.constants, tables[device]))
     return out
 
 

@@ -136,6 +136,41 @@ class Joint(Transcription):
         pass
 
 
+class AdamCM(Joint):
+    """arXiv 2307.09638, algorithm 1, with its code's weights: the first step only fills the buffer."""
+
+    betas, eps, capacity, kept = (0.9, 0.999), 1e-8, 5, 0.7
+
+    def __init__(self, params, lr, decay=0.7, **options):
+        super().__init__(params, lr, **options)
+        self.kept = decay
+
+    def begin(self, thetas):
+        self.m, self.v, self.buffer = zeros(thetas), zeros(thetas), []
+
+    def update_all(self, thetas, grads, t):
+        b1, b2 = self.betas
+        weight = sum(float(g.norm()) for g in grads)
+        if t == 1:
+            moved, entry = zeros(thetas), grads
+        else:
+            self.m = [b1 * m + (1 - b1) * g for m, g in zip(self.m, grads, strict=True)]
+            means = [torch.stack(held).mean(0) for held in zip(*(entry for _, entry in self.buffer), strict=True)]
+            moved, entry = [m + c for m, c in zip(self.m, means, strict=True)], self.m
+        if len(self.buffer) < self.capacity:
+            self.buffer.append((weight, entry))
+        else:
+            least = min(range(self.capacity), key=lambda i: self.buffer[i][0])
+            if weight > self.buffer[least][0]:
+                self.buffer[least] = weight, entry
+        self.buffer = [(self.kept * w, held) for w, held in self.buffer]
+        self.v = [b2 * v + (1 - b2) * u * u for v, u in zip(self.v, moved, strict=True)]
+        return [
+            (1 - self.lr * self.wd) * theta - self.lr * (u / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+            for theta, u, v in zip(thetas, moved, self.v, strict=True)
+        ]
+
+
 def dot(xs, ys):
     return sum(float((x * y).sum()) for x, y in zip(xs, ys, strict=True))
 

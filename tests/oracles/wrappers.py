@@ -113,3 +113,64 @@ class StableDecay:
         sigma = (total / sum(v.numel() for v in self.v)) ** 0.5
         for p in params:
             p.data.mul_(1 - self.lr * self.decay / sigma)
+
+
+class Cautious:
+    """arXiv 2411.16085, algorithm 1, around a base step; count: C-Lion's normaliser, else C-AdamW's. `decay`: lr weight_decay."""
+
+    def __init__(self, decay, count=False):
+        self.decay, self.count = decay, count
+
+    def __call__(self, params):
+        self.old = [p.detach().clone() for p in params]
+        self.grads = [p.grad.clone() for p in params]
+
+    def after(self, params, lr):
+        for p, w, g in zip(params, self.old, self.grads, strict=True):
+            shrunk = (1 - self.decay) * w
+            u = shrunk - p.detach()
+            mask = (u * g > 0).to(u.dtype)
+            mask = mask * (mask.numel() / (mask.sum() + 1)) if self.count else mask / mask.mean().clamp(min=1e-3)
+            p.data.copy_(shrunk - u * mask)
+
+
+class GradientGrouping:
+    """arXiv 2506.01049 after its code; Lloyd's algorithm, every element to the nearest centre. momenta(i): of parameter i."""
+
+    def __init__(self, decay, momenta, clusters=3, every=500, beta_c=0.999, beta_s=0.999, low=0.1, high=10.0, eps=1e-8):
+        self.__dict__.update(vars(), t=0, means={}, scales={}, cluster={})
+
+    def __call__(self, params):
+        self.old = [p.detach().clone() for p in params]
+        self.t += 1
+
+    def regroup(self, i, m):
+        values = sorted(m.abs().flatten().tolist())
+        n, k = len(values), self.clusters
+        centres = [values[(2 * j + 1) * (n - 1) // (2 * k)] for j in range(k)]
+        for _ in range(10):
+            nearest = [min(range(k), key=lambda j: (abs(x - centres[j]), j)) for x in values]
+            for j in range(k):
+                mine = [x for x, c in zip(values, nearest, strict=True) if c == j]
+                if mine:
+                    centres[j] = sum(mine) / len(mine)
+        distances = (m.abs().unsqueeze(-1) - torch.tensor(centres, dtype=m.dtype)).abs()
+        self.cluster[i] = distances.argmin(-1)
+        a = m.abs().mean()
+        for j in range(k):
+            held = m.abs()[self.cluster[i] == j]
+            mean = held.mean() if held.numel() else a
+            self.means[i][j] = self.beta_c * self.means[i][j] + (1 - self.beta_c) * mean
+            raw = a / max(self.means[i][j], self.eps)
+            self.scales[i][j] = min(max(self.beta_s * self.scales[i][j] + (1 - self.beta_s) * raw, self.low), self.high)
+
+    def after(self, params, lr):
+        for i, (p, w) in enumerate(zip(params, self.old, strict=True)):
+            if i not in self.scales:
+                self.means[i], self.scales[i] = [1.0] * self.clusters, [1.0] * self.clusters
+                self.cluster[i] = torch.zeros(p.shape, dtype=torch.long)
+            if self.t % self.every == 0:
+                self.regroup(i, self.momenta(i))
+            shrunk = (1 - self.decay) * w
+            scales = torch.tensor([float(s) for s in self.scales[i]], dtype=p.dtype)
+            p.data.copy_(shrunk + (p.detach() - shrunk) * scales[self.cluster[i]])
