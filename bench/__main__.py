@@ -17,6 +17,7 @@ COMMANDS = {
     "kill-resume": "runs killed with SIGKILL at random points: does each resume bit for bit?",
     "conformance": "what training code expects of an optimizer: our classes and every importable rival, on the CPU",
     "release": "gradient release: peak memory and host time against an ordinary loop",
+    "muon": "Muon over GPT-2's matrices against torch.optim.Muon: time and memory of a step",
     "rules": "every update rule trains the demo's model, smaller, at its default learning rate",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",

@@ -76,7 +76,7 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
     """
     cls, options = class_and_options(name, options)
     params = params_or_model
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not cls.splits_models:
         tables = embedding_ids(params)
         params = [p for p in params.parameters() if p.requires_grad]
         if projection_of(name) is not None:

@@ -62,6 +62,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
     decay_mode = "coupled"
     needs_shapes = False  # whether the rule looks at a tensor's dimensions, beside trust ratios and projections
     torch_counts_steps = True  # whether the torch.optim class of the rule keeps a step in its state
+    splits_models = False  # whether it takes a module and groups its parameters by itself
     given: dict[str, torch.Tensor] = {}  # numbers that the rule is handed with a step (Measures.given)
 
     def __init__(

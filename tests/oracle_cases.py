@@ -289,6 +289,19 @@ ORACLES = {
         reductions.LDoG,
         combine(lr=[1.0, 0.5], reps_rel=[1e-2, 1e-6], eps=[1e-8, 1.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
+    "muon": (
+        elementwise.Muon,
+        [
+            {"lr": 0.02, "weight_decay": decay, "adam_lr": 0.01, **more}
+            for decay in (0.0, 0.1)
+            for more in (
+                {},
+                {"nesterov": False, "maximize": True},
+                {"momentum": 0.8, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
+                {"ns_coefficients": (2.0, -1.5, 0.5), "adjust_lr_fn": "none", "adam_eps": 1e-3, "eps": 10.0},
+            )
+        ],
+    ),
     "adam_cm": (
         reductions.AdamCM,
         combine(

@@ -32,7 +32,9 @@ RULES = {
     "lamb": {"weight_decay": 0.1, "clip_grad_norm": None},
     "sgd_sai": {"momentum": 0.9003},  # 0.9 b + 0.1 g of 16-bit numbers lies on many ties
 }
-RULES |= {name: {} for name in optimizers() if name not in (*RULES, "adafactor", "microadam")}
+RULES |= {
+    name: {} for name in optimizers() if name not in (*RULES, "adafactor", "microadam", "muon")
+}  # matrices: their own tests
 STORAGE = (
     *((torch.float32, form, "nearest") for form in fusedopt.list_formats()),
     *((torch.bfloat16, "int8", precision) for precision in fusedopt.list_precisions()),

@@ -94,6 +94,8 @@ def reductions(cls: type) -> str:
     if cls.needs_shapes:
         return "rows and columns"
     opt = cls([torch.zeros(SIDE, SIDE)])
+    if opt.param_groups[0]["projection"] is not None:
+        return "matrix products"
     rule = cls.rule_for(opt.param_groups[0])
     if rule.measures is not None:
         return {"tensor": "sums of a tensor", "group": "sums of a group"}.get(

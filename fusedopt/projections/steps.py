@@ -25,6 +25,7 @@ class ProjectedSteps:
         self.slots, self.scalars, self.groups = slots, scalars, groups
         self.scale = self.found = self.clip = None
         self.buffers: dict[tuple, torch.Tensor] = {}
+        self.shared: dict[tuple, object] = {}  # what sites of one kind have together
         self.pool = ScratchPool() if pool is None else pool
         for slot in slots:
             slot.site.bind(slot, self)

@@ -25,7 +25,7 @@ def reference(g, p):
 
 def momentum_reference(g, p, b, *, momentum, weight, look_grad, look_buffer):
     b = b.mul(momentum).add(g * weight)
-    u = b if look_grad == 0 else g + b * look_buffer
+    u = b if look_grad == 0 else g * look_grad + b * look_buffer
     return u, b
 
 

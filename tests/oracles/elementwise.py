@@ -273,3 +273,34 @@ class LaProp(Transcription):
             w = state["v_max"] = torch.max(state.get("v_max", torch.zeros_like(w)), w)
         m = ema(state, "m", g / ((w / (1 - b2**t)).sqrt() + self.eps), b1)
         return theta - self.lr * m / (1 - b1**t)
+
+
+class Muon(Transcription):
+    """Jordan et al. 2024 in torch's form: matrices along the orthogonal factor of their momentum, others by AdamW."""
+
+    momentum, nesterov, eps, ns_steps, adjust_lr_fn = 0.95, True, 1e-7, 5, None
+    ns_coefficients, adam_lr, adam_betas, adam_eps = (3.4445, -4.7750, 2.0315), None, (0.9, 0.95), 1e-8
+
+    def decays(self):
+        return False
+
+    def update(self, theta, g, t, state):
+        if theta.dim() < 2:
+            lr, (b1, b2) = self.adam_lr or self.lr, self.adam_betas
+            m, v = ema(state, "m", g, b1), ema(state, "v", g * g, b2)
+            step = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + self.adam_eps)
+            return (1 - lr * self.wd) * theta - lr * step
+        b = ema(state, "b", g, self.momentum)
+        u = (1 - self.momentum) * g + self.momentum * b if self.nesterov else b
+        u = u.reshape(u.shape[0], -1)
+        rows, cols = u.shape
+        x = u / max(float(u.norm()), self.eps)
+        ca, cb, cc = self.ns_coefficients
+        for _ in range(self.ns_steps):
+            x = ca * x + cb * (x @ x.T) @ x + cc * (x @ x.T) @ (x @ x.T) @ x
+        size = {
+            None: max(1, rows / cols) ** 0.5,
+            "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5,
+            "none": 1.0,
+        }[self.adjust_lr_fn]
+        return (1 - self.lr * self.wd) * theta - self.lr * size * x.view(theta.shape)
