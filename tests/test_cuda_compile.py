@@ -35,6 +35,9 @@ def state_counts() -> dict[str, int]:
             r"struct (\w+)[^{]*\{(?:(?!struct ).)*?FO_STATES\((.*?)\)", header.read_text(), re.DOTALL
         ):
             found[name] = len([s for s in states.split(",") if s.strip()])
+    for header in (ROOT / "csrc" / "rules").glob("*.h"):  # rules that are another one under other numbers
+        for name, base in re.findall(r"struct (\w+) : (\w+) \{\n  FO_NAME\(.*?\)\n\};", header.read_text()):
+            found[name] = found[base]
     return found
 
 

@@ -31,7 +31,15 @@ def scalars(h, step):
 
 
 MUON = register(
-    Rule("muon", (State("momentum_buffer"),), MOMENTUM_NAMES, scalars, momentum_reference, momentum_direction)
+    Rule(
+        "muon",
+        (State("momentum_buffer"),),
+        MOMENTUM_NAMES,
+        scalars,
+        momentum_reference,
+        momentum_direction,
+        internal=True,
+    )
 )
 
 
