@@ -6,7 +6,7 @@ import lion_pytorch
 import pytest
 import pytorch_optimizer
 import torch
-from oracles import elementwise, reductions
+from oracles import composed, elementwise, reductions
 from oracles.adafactor import Adafactor as TensorAdafactor
 from oracles.lamb import LAMB
 from oracles.lars import LARS
@@ -303,6 +303,19 @@ ORACLES = {
     "swats": (
         reductions.SWATS,
         combine(lr=[0.02], betas=BETAS, eps=[1e-3], switch_tolerance=[1e-2, 1e-9], per_tensor=[False, True], **DECAYS),
+    ),
+    "adamp": (
+        composed.AdamP,
+        combine(lr=[0.02], betas=BETAS, delta=[0.1, 3.0, 30.0], weight_decay=[0.0, 0.1], nesterov=[False, True])
+        + [{"lr": 0.02, "delta": 3.0, "wd_ratio": 0.0, "weight_decay": 0.1, "eps": 1e-2, "maximize": True}],
+    ),
+    "sgdp": (
+        composed.SGDP,
+        combine(
+            lr=[0.005], momentum=[0.9, 0.0], delta=[0.1, 3.0, 30.0], weight_decay=[0.0, 0.1], maximize=[False, True]
+        )
+        + combine(lr=[0.005], momentum=[0.9], delta=[3.0], weight_decay=[0.1], dampening=[0.3], wd_ratio=[1.0, 0.5])
+        + [{"lr": 0.005, "momentum": 0.9, "delta": 3.0, "weight_decay": 0.1, "nesterov": True}],
     ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }

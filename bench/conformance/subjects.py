@@ -119,6 +119,8 @@ OURS = {
     "induced_metric": {"lr": 0.1, "elementwise": False, "joint": True},
     "prodigy": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
     "dadapt_adam": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
+    "adamp": {"adam": True, "elementwise": False},
+    "sgdp": {"options": {"momentum": 0.9}, "elementwise": False},
     "swats": {"adam": True, "elementwise": False, "joint": True},
     "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},

@@ -15,6 +15,7 @@ import torch
 from fusedopt.checks import describe
 from fusedopt.distributed import add_up, is_dtensor, is_partial, local, partition_of, sharded_dims
 from fusedopt.memory import empty_like, flat, is_dense, strides_match
+from fusedopt.numbers import ScalarTable
 from fusedopt.weights import Int8Weight
 
 # Elements that a transform with temporaries works on at a time: few launches on a GPU, what fits in a cache on the CPU
@@ -95,6 +96,7 @@ class Batch:
 
     skip: bool, 0-dim on the device, where the device alone knows whether found_inf skips the step; gradients are zero then.
     on_device: whether counts live on the device and must not be looked at. constants: of the plan, see `constant`.
+    scalars: the plan's numbers on the device, in `after` those of the step.
     """
 
     opt: torch.optim.Optimizer
@@ -104,6 +106,7 @@ class Batch:
     skip: torch.Tensor | None
     on_device: bool
     constants: dict
+    scalars: ScalarTable
     kept: dict = field(default_factory=dict)  # what `before` leaves for `after`
 
     def __len__(self) -> int:
@@ -126,7 +129,7 @@ class Batch:
     def only(self, which: list[int]) -> Batch:
         """A batch of some of its slots."""
         slots, grads = [self.slots[i] for i in which], [self.grads[i] for i in which]
-        return Batch(self.opt, self.device, slots, grads, self.skip, self.on_device, self.constants)
+        return Batch(self.opt, self.device, slots, grads, self.skip, self.on_device, self.constants, self.scalars)
 
     def chunks(self) -> Iterator[Batch]:
         """Batches of at most a chunk of elements, or of one tensor; of whole tensors, so that every process of a mesh makes the
@@ -255,9 +258,14 @@ def _laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 # What an optimizer calls
 
 
+def listed(transforms) -> tuple:
+    """What was given as gradient_transforms, as a tuple: one transform, or several in order."""
+    return (transforms,) if isinstance(transforms, Transform) else tuple(transforms)
+
+
 def check(opt_name: str, transforms, differentiable: bool) -> tuple[Transform, ...]:
     """The transforms as a tuple. Raises ValueError for what cannot be used together."""
-    transforms = (transforms,) if isinstance(transforms, Transform) else tuple(transforms)
+    transforms = listed(transforms)
     for t in transforms:
         if not isinstance(t, Transform):
             raise ValueError(
@@ -370,6 +378,7 @@ def batches(opt, plan, grads: list[torch.Tensor], found) -> list[Batch]:
             chosen.setdefault((slot.param.device, grads[slot.position].dtype, on_device), []).append(slot)
     # a step whose counts are on the host has waited for found_inf
     unknown = found is not None and all(on_device for *_, on_device in chosen)
+    tables = {part.device: part.scalars for part in plan.devices}
     out = []
     for (device, _, on_device), slots in chosen.items():
         skip = (found.to(device).view(()) != 0) if unknown else None
@@ -377,7 +386,7 @@ def batches(opt, plan, grads: list[torch.Tensor], found) -> list[Batch]:
         if skip is not None:
             for g in mine:
                 g.copy_(torch.where(skip, torch.zeros((), dtype=g.dtype, device=device), g))
-        out.append(Batch(opt, device, slots, mine, skip, on_device, plan.constants))
+        out.append(Batch(opt, device, slots, mine, skip, on_device, plan.constants, tables[device]))
     return out
 
 

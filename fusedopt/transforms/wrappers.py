@@ -41,6 +41,13 @@ def rates(batch: Batch) -> torch.Tensor:
     return each_group(batch, lambda g: g["lr"])
 
 
+def decays(batch: Batch) -> torch.Tensor:
+    """fp64 [n]: the share of each tensor's weights that decoupled decay has taken in this step. For `after`."""
+    rows = [slot.row for slot in batch.slots]
+    found = {row: _on(batch.device, batch.scalars.numbers[row].decay) for row in rows}
+    return torch.stack([found[row] for row in rows])
+
+
 def on_device(batch: Batch, counts) -> torch.Tensor:
     """Counts as fp64 [n] on the device."""
     return torch.as_tensor(counts, dtype=torch.float64).to(batch.device)
