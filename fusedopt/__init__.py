@@ -3,6 +3,7 @@
 from fusedopt import rule as _rule
 from fusedopt.backends.select import use_backend
 from fusedopt.factory import create
+from fusedopt.federated import pseudo_gradient
 from fusedopt.files import latest_checkpoint, load_checkpoint, save_checkpoint
 from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
@@ -85,6 +86,7 @@ __all__ = [
     "predicted_weights",
     "private_gradients",
     "projected_linear",
+    "pseudo_gradient",
     "quantize_blockwise",
     "quantize_weights_",
     "release_gradients",

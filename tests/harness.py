@@ -66,6 +66,8 @@ HYPER = {
     "reps_rel": 1e-3,
     "xi": 0.1,
     "switch_tolerance": 1e-3,
+    "tau": 1e-3,
+    "accumulate": False,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -317,6 +317,18 @@ ORACLES = {
         + combine(lr=[0.005], momentum=[0.9], delta=[3.0], weight_decay=[0.1], dampening=[0.3], wd_ratio=[1.0, 0.5])
         + [{"lr": 0.005, "momentum": 0.9, "delta": 3.0, "weight_decay": 0.1, "nesterov": True}],
     ),
+    "fed_adam": (
+        elementwise.FedAdam,
+        combine(**ADAPTIVE, tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "fed_yogi": (
+        elementwise.FedYogi,
+        combine(**ADAPTIVE, tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "fed_adagrad": (
+        elementwise.FedAdagrad,
+        combine(lr=[0.02], beta1=[0.0, 0.9], tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [

@@ -273,3 +273,32 @@ class LaProp(Transcription):
             w = state["v_max"] = torch.max(state.get("v_max", torch.zeros_like(w)), w)
         m = ema(state, "m", g / ((w / (1 - b2**t)).sqrt() + self.eps), b1)
         return theta - self.lr * m / (1 - b1**t)
+
+
+
+class FedAdam(Transcription):
+    """arXiv 2003.00295, algorithm 2: the server's three second moments; g is minus the clients' mean change."""
+
+    decay = "l2"
+    betas, tau = (0.9, 0.99), 1e-3
+
+    def second(self, v, g):
+        return self.betas[1] * v + (1 - self.betas[1]) * g * g
+
+    def update(self, theta, g, t, state):
+        m = ema(state, "m", -g, self.betas[0])
+        v = state["v"] = self.second(state.get("v", torch.full_like(g, self.tau**2)), g)
+        return theta + self.lr * m / (v.sqrt() + self.tau)
+
+
+class FedYogi(FedAdam):
+    def second(self, v, g):
+        return v - (1 - self.betas[1]) * g * g * torch.sign(v - g * g)
+
+
+class FedAdagrad(FedAdam):
+    def __init__(self, params, beta1=0.0, **options):
+        super().__init__(params, betas=(beta1, None), **options)
+
+    def second(self, v, g):
+        return v + g * g
