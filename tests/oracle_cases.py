@@ -329,6 +329,16 @@ ORACLES = {
         elementwise.FedAdagrad,
         combine(lr=[0.02], beta1=[0.0, 0.9], tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
+    "dadapt_sgd": (
+        reductions.DAdaptSGD,
+        combine(lr=[1.0, 0.5], momentum=[0.9, 0.0], d0=[0.1, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True])
+        + [{"d0": 1e-2, "lr": 1.0, "growth_rate": 1.05}],
+    ),
+    "dadapt_adagrad": (
+        reductions.DAdaptAdaGrad,
+        combine(lr=[1.0, 0.5], momentum=[0.9, 0.0], d0=[0.1, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True])
+        + [{"d0": 1e-3, "lr": 1.0, "growth_rate": 1.05, "eps": 1e-2, "initial_accumulator_value": 0.0}],
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [

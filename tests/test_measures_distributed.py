@@ -15,6 +15,8 @@ CASES = (
     (fusedopt.FAdam, {"lr": 0.01}),
     (fusedopt.Prodigy, {"d0": 1e-2, "clip_grad_norm": 1.0}),
     (fusedopt.DAdaptAdam, {"d0": 1e-2}),
+    (fusedopt.DAdaptSGD, {"d0": 1e-2}),
+    (fusedopt.DAdaptAdaGrad, {"d0": 1e-2}),
     (fusedopt.DoG, {"reps_rel": 1e-2}),
     (fusedopt.LDoG, {"reps_rel": 1e-2, "state_format": "int8", "min_quantized_numel": 0}),
     (fusedopt.AdaptiveBraking, {"lr": 0.02, "rho": 0.7}),
