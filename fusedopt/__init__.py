@@ -28,6 +28,7 @@ from fusedopt.projections import (
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
+from fusedopt.rules.ranger21 import ranger21_schedule
 from fusedopt.state_files import export_states, import_states
 from fusedopt.states import override, state_bytes
 from fusedopt.transforms import TRANSFORMS, list_transforms
@@ -89,6 +90,7 @@ __all__ = [
     "pseudo_gradient",
     "quantize_blockwise",
     "quantize_weights_",
+    "ranger21_schedule",
     "release_gradients",
     "save_checkpoint",
     "state_bytes",

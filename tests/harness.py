@@ -68,6 +68,9 @@ HYPER = {
     "switch_tolerance": 1e-3,
     "tau": 1e-3,
     "accumulate": False,
+    "pnm": 0.9,
+    "amsgrad": True,
+    "softplus": 50.0,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -339,6 +339,27 @@ ORACLES = {
         combine(lr=[1.0, 0.5], momentum=[0.9, 0.0], d0=[0.1, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True])
         + [{"d0": 1e-3, "lr": 1.0, "growth_rate": 1.05, "eps": 1e-2, "initial_accumulator_value": 0.0}],
     ),
+    "ranger21": (
+        composed.Ranger21,
+        combine(lr=[0.02], betas=BETAS, weight_decay=[0.0, 0.1], norm_loss=[1e-4, 0.1], maximize=[False, True])
+        + [
+            {"lr": 0.02, "weight_decay": 0.1, **one}
+            for one in (
+                {"pnm": None},
+                {"pnm": 0.3},
+                {"amsgrad": False},
+                {"softplus": None},
+                {"softplus": 2.0, "eps": 1e-2},
+                {"clip": None},
+                {"centralize": False},
+                {"normalize": False},
+                {"stable_decay": False},
+                {"norm_loss": None},
+                {"lookahead": None},
+                {"lookahead": 2, "lookahead_alpha": 0.8},
+            )
+        ],
+    ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }
 CASES = [

@@ -125,6 +125,7 @@ OURS = {
     "dadapt_adagrad": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True},
     "adamp": {"adam": True, "elementwise": False},
     "sgdp": {"options": {"momentum": 0.9}, "elementwise": False},
+    "ranger21": {"adam": True, "elementwise": False, "joint": True},
     "swats": {"adam": True, "elementwise": False, "joint": True},
     "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},
