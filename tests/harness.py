@@ -68,6 +68,7 @@ HYPER = {
     "switch_tolerance": 1e-3,
     "tau": 1e-3,
     "accumulate": False,
+    "coefficient": 1.0,
     "pnm": 0.9,
     "amsgrad": True,
     "softplus": 50.0,

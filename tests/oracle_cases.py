@@ -339,6 +339,17 @@ ORACLES = {
         combine(lr=[1.0, 0.5], momentum=[0.9, 0.0], d0=[0.1, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True])
         + [{"d0": 1e-3, "lr": 1.0, "growth_rate": 1.05, "eps": 1e-2, "initial_accumulator_value": 0.0}],
     ),
+    "adog": (
+        reductions.ADoG,
+        combine(
+            lr=[1.0, 0.5],
+            reps_rel=[1e-2, 1e-3],
+            eps=[1e-8, 1.0],
+            coefficient=[1.0, 0.3],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
     "ranger21": (
         composed.Ranger21,
         combine(lr=[0.02], betas=BETAS, weight_decay=[0.0, 0.1], norm_loss=[1e-4, 0.1], maximize=[False, True])

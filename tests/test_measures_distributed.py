@@ -18,6 +18,7 @@ CASES = (
     (fusedopt.DAdaptSGD, {"d0": 1e-2}),
     (fusedopt.DAdaptAdaGrad, {"d0": 1e-2}),
     (fusedopt.DoG, {"reps_rel": 1e-2}),
+    (fusedopt.ADoG, {"reps_rel": 1e-2}),
     (fusedopt.LDoG, {"reps_rel": 1e-2, "state_format": "int8", "min_quantized_numel": 0}),
     (fusedopt.AdaptiveBraking, {"lr": 0.02, "rho": 0.7}),
     (fusedopt.InducedMetric, {"lr": 0.1, "rms": True}),

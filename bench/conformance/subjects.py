@@ -126,6 +126,7 @@ OURS = {
     "adamp": {"adam": True, "elementwise": False},
     "sgdp": {"options": {"momentum": 0.9}, "elementwise": False},
     "ranger21": {"adam": True, "elementwise": False, "joint": True},
+    "adog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "swats": {"adam": True, "elementwise": False, "joint": True},
     "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},

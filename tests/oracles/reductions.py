@@ -359,3 +359,28 @@ class DAdaptAdaGrad(Joint):
         mu = self.momentum
         ends = [first - s / root for first, s, root in zip(self.first, self.s, roots, strict=True)]
         return [mu * theta + (1 - mu) * end for theta, end in zip(thetas, ends, strict=True)]
+
+
+class ADoG(Joint):
+    """arXiv 2404.00666, the accelerated DoG of its experiments: distances are measured after w has moved."""
+
+    decay = "l2"
+    reps_rel, eps, coefficient = 1e-6, 1e-8, 1.0
+
+    def begin(self, thetas):
+        self.r = self.reps_rel * (1 + math.sqrt(dot(thetas, thetas)))
+        self.sum_r, self.alpha, self.sum_alpha_r, self.total = self.r, 1.0, self.r, self.eps
+        self.w = [theta.clone() for theta in thetas]
+
+    def update_all(self, thetas, grads, t):
+        self.total += self.alpha**2 * dot(grads, grads)
+        eta = self.lr * self.r / math.sqrt(self.total)
+        ys = [theta - eta * g for theta, g in zip(thetas, grads, strict=True)]
+        self.w = [w - self.alpha * eta * g for w, g in zip(self.w, grads, strict=True)]
+        away = [w - first for w, first in zip(self.w, self.first, strict=True)]
+        self.r = max(self.r, math.sqrt(dot(away, away)))
+        self.sum_r += self.r
+        self.alpha = max(1.0, self.coefficient * self.sum_r / self.r)
+        self.sum_alpha_r += self.alpha * self.r
+        tau = self.alpha * self.r / self.sum_alpha_r
+        return [(1 - tau) * y + tau * w for y, w in zip(ys, self.w, strict=True)]
