@@ -304,6 +304,18 @@ ORACLES = {
         reductions.SWATS,
         combine(lr=[0.02], betas=BETAS, eps=[1e-3], switch_tolerance=[1e-2, 1e-9], per_tensor=[False, True], **DECAYS),
     ),
+    "rmsprop_tf": (
+        elementwise.RMSpropTF,
+        combine(
+            lr=[0.02],
+            alpha=[0.9, 0.6],
+            eps=[1e-10, 1e-3],
+            momentum=[0.0, 0.8],
+            centered=[False, True],
+            weight_decay=[0.0, 0.1],
+            lr_in_momentum=[True, False],
+        ),
+    ),
     "adamp": (
         composed.AdamP,
         combine(lr=[0.02], betas=BETAS, delta=[0.1, 3.0, 30.0], weight_decay=[0.0, 0.1], nesterov=[False, True])

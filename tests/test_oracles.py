@@ -108,7 +108,7 @@ def test_every_rule_has_an_oracle():
     assert set(optimizers()) - {"microadam"} == set(ORACLES), "add each optimizer class to ORACLES"
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "adamp", "rmsprop_tf"])
 def test_transcription_matches_timm(name):
     """The transcriptions themselves, against an implementation written by others."""
     timm = pytest.importorskip(f"timm.optim.{name}", exc_type=ImportError)
@@ -116,6 +116,10 @@ def test_transcription_matches_timm(name):
         names = {"trust_coefficient": "trust_coeff"}
         cases = [o for o in LARS_CASES if not o.get("maximize")]
         pairs = [(LARS, timm.Lars, o, {names.get(k, k): v for k, v in o.items()}) for o in cases]
+    elif name != "lamb":
+        cls = timm.AdamP if name == "adamp" else timm.RMSpropTF
+        transcription, cases = ORACLES[name]
+        pairs = [(transcription, cls, o, o) for o in cases if not o.get("maximize")]
     else:
         pairs = []
         for o in LAMB_CASES:

@@ -275,6 +275,21 @@ class LaProp(Transcription):
         return theta - self.lr * m / (1 - b1**t)
 
 
+class RMSpropTF(Transcription):
+    """TensorFlow's RMSprop: means move by a share of the difference, eps under the root, lr in the buffer."""
+
+    decay = "l2"
+    alpha, eps, momentum, centered, lr_in_momentum = 0.9, 1e-10, 0.0, False, True
+
+    def update(self, theta, g, t, state):
+        v, a = state.get("v", torch.ones_like(g)), state.get("a", torch.zeros_like(g))
+        v, a = v + (1 - self.alpha) * (g * g - v), a + (1 - self.alpha) * (g - a)
+        state["v"], state["a"] = v, a
+        d = g / (v - a * a + self.eps if self.centered else v + self.eps).sqrt()
+        inside, outside = (self.lr, 1.0) if self.lr_in_momentum else (1.0, self.lr)
+        b = state["b"] = self.momentum * state.get("b", torch.zeros_like(g)) + inside * d
+        return theta - outside * b
+
 
 class FedAdam(Transcription):
     """arXiv 2003.00295, algorithm 2: the server's three second moments; g is minus the clients' mean change."""
