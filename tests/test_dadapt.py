@@ -115,7 +115,7 @@ def test_options_out_of_range():
             ({"d0": 0.0}, "Invalid d0 value: 0.0"),
             ({"growth_rate": 1.0}, "Invalid growth_rate value: 1.0; it must be above 1"),
             ({"momentum": 1.0}, r"Invalid momentum value: 1.0; it is in \[0, 1\)"),
-            ({"state_format": {"grad_sum": "int8"}}, "grad_sum"),
+            ({"state_format": {"step_sum": "int8"}}, "step_sum"),
             ({"projection": fusedopt.GaLore(rank=2)}, "takes no projection"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -7,21 +7,21 @@ namespace fo {
 
 struct DAdaptAdagrad : Elementwise {
   FO_NAME("dadapt_adagrad")
-  FO_STATES(sum, grad_sum, spent, initial_param)
+  FO_STATES(sum, step_sum, spent, initial_param)
   FO_SCALARS(weight, rate, eps, d0, growth_rate, step_size)
 
-  static FO_HD Pair terms(float g, float, const float& sum, const float& grad_sum, const float& spent, const float&, const Scalars& c) {
-    const float scaled = c.step_size * g, total = grad_sum + scaled;
+  static FO_HD Pair terms(float g, float, const float& sum, const float& step_sum, const float& spent, const float&, const Scalars& c) {
+    const float scaled = c.step_size * g, total = step_sum + scaled;
     return {div(total * total - scaled * scaled, sqrt(sum + g * g) + c.eps) - spent, abs(total)};
   }
 
-  static FO_HD float direction(float g, float p, float& sum, float& grad_sum, float& spent, float& initial_param, const Scalars& c) {
+  static FO_HD float direction(float g, float p, float& sum, float& step_sum, float& spent, float& initial_param, const Scalars& c) {
     const float scaled = c.step_size * g;
     sum += g * g;
-    grad_sum += scaled;
+    step_sum += scaled;
     const float root = sqrt(sum) + c.eps;
     spent += div(scaled * scaled, root);
-    return c.weight * ((p - initial_param) + div(grad_sum, root));
+    return c.weight * ((p - initial_param) + div(step_sum, root));
   }
 };
 

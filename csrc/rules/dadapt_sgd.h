@@ -7,18 +7,18 @@ namespace fo {
 
 struct DAdaptSgd : Elementwise {
   FO_NAME("dadapt_sgd")
-  FO_STATES(grad_sum, initial_param)
+  FO_STATES(step_sum, initial_param)
   FO_SCALARS(momentum, weight, rate, d0, growth_rate, scale)
 
-  static FO_HD Pair terms(float g, float, const float& grad_sum, const float&, const Scalars& c) {
+  static FO_HD Pair terms(float g, float, const float& step_sum, const float&, const Scalars& c) {
     const float scaled = c.rate * c.scale * g;
-    const float sum = grad_sum + scaled;
-    return {scaled * grad_sum, sum * sum};
+    const float sum = step_sum + scaled;
+    return {scaled * step_sum, sum * sum};
   }
 
-  static FO_HD float direction(float g, float p, float& grad_sum, float& initial_param, const Scalars& c) {
-    grad_sum += c.rate * c.scale * g;
-    return c.weight * ((p - initial_param) + grad_sum);
+  static FO_HD float direction(float g, float p, float& step_sum, float& initial_param, const Scalars& c) {
+    step_sum += c.rate * c.scale * g;
+    return c.weight * ((p - initial_param) + step_sum);
   }
 };
 

@@ -25,7 +25,7 @@ def sums(memory, dot, grad_sq, c):
     fresh = memory["max_distance"] == 0  # then the first sum is |p|^2
     first = c["reps_rel"] * (1 + dot.clamp(min=0).sqrt())
     farthest = torch.where(fresh, first, memory["max_distance"])
-    weight = torch.where(fresh, 1.0, memory["weight"])
+    weight = torch.where(fresh, 1.0, memory["step_weight"])
     grads = memory["grad_sq_sum"] + fresh * c["eps"] + weight.square() * grad_sq
     size = torch.where(grads > 0, c["rate"] * farthest / torch.where(grads > 0, grads, 1.0).sqrt(), 0.0)
     step = weight * size
@@ -39,7 +39,7 @@ def sums(memory, dot, grad_sq, c):
         "max_distance": beyond,
         "distance_sum": distances,
         "distance_sq": away,
-        "weight": heavier,
+        "step_weight": heavier,
         "weight_sum": weights,
         "grad_sq_sum": grads,
     }, {"size": size, "weighted_size": step, "mix": heavier * beyond / weights}
@@ -78,7 +78,9 @@ ADOG = register(
         step_size=lambda h, step: 1.0,
         measures=Measures(
             ("fresh", "size", "weighted_size", "mix"),
-            dict.fromkeys(("max_distance", "distance_sum", "distance_sq", "weight", "weight_sum", "grad_sq_sum"), 0.0),
+            dict.fromkeys(
+                ("max_distance", "distance_sum", "distance_sq", "step_weight", "weight_sum", "grad_sq_sum"), 0.0
+            ),
             scope="group",
             start=start,
             sums=sums,
@@ -109,9 +111,9 @@ class ADoG(FusedOptimizer):
         **options: shared options, see `FusedOptimizer`. No projection, offload, gradient release or differentiable=True, and all
             parameters on one device.
 
-    r, R, |w - p_0|^2, a, A and G are `max_distance`, `distance_sum`, `distance_sq`, `weight`, `weight_sum` and `grad_sq_sum` in
-    the state of every parameter of a group: the same 0-dim float64 tensors. p_0 and w - p_0, which is small at first, are kept in
-    fp32 under every state_format. A step reads everything twice.
+    r, R, |w - p_0|^2, a, A and G are `max_distance`, `distance_sum`, `distance_sq`, `step_weight`, `weight_sum` and `grad_sq_sum`
+    in the state of every parameter of a group: the same 0-dim float64 tensors. p_0 and w - p_0, which is small at first, are kept
+    in fp32 under every state_format. A step reads everything twice.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -47,21 +47,21 @@ def reference(g, p, total, s, spent, initial, *, weight, step_size, eps, **_):
 
 
 @jit
-def terms_triton(g, p, total, grad_sum, spent, initial_param, c):
+def terms_triton(g, p, total, step_sum, spent, initial_param, c):
     scaled = tl.load(c + 5) * g
     root = tl.sqrt(total + g * g) + tl.load(c + 2)
-    grad_sum = grad_sum + scaled
-    return (grad_sum * grad_sum - scaled * scaled) / root - spent, tl.abs(grad_sum)
+    step_sum = step_sum + scaled
+    return (step_sum * step_sum - scaled * scaled) / root - spent, tl.abs(step_sum)
 
 
 @jit
-def direction(g, p, total, grad_sum, spent, initial_param, c):
+def direction(g, p, total, step_sum, spent, initial_param, c):
     scaled = tl.load(c + 5) * g
     total = total + g * g
     root = tl.sqrt(total) + tl.load(c + 2)
-    grad_sum = grad_sum + scaled
-    u = tl.load(c) * ((p - initial_param) + grad_sum / root)
-    return u, total, grad_sum, spent + scaled * scaled / root, initial_param
+    step_sum = step_sum + scaled
+    u = tl.load(c) * ((p - initial_param) + step_sum / root)
+    return u, total, step_sum, spent + scaled * scaled / root, initial_param
 
 
 DADAPT_ADAGRAD = register(
@@ -69,7 +69,7 @@ DADAPT_ADAGRAD = register(
         "dadapt_adagrad",
         (
             State("sum", signed=False, initial=lambda h: h["initial_accumulator_value"]),
-            State("grad_sum", wide=True),
+            State("step_sum", wide=True),
             State("spent", signed=False, wide=True),
             State("initial_param", position=lambda h: 1.0),
         ),

@@ -44,22 +44,22 @@ def reference(g, p, s, initial, *, weight, rate, scale, **_):
 
 
 @jit
-def terms_triton(g, p, grad_sum, initial_param, c):
+def terms_triton(g, p, step_sum, initial_param, c):
     scaled = tl.load(c + 2) * tl.load(c + 5) * g
-    new = grad_sum + scaled
-    return scaled * grad_sum, new * new
+    new = step_sum + scaled
+    return scaled * step_sum, new * new
 
 
 @jit
-def direction(g, p, grad_sum, initial_param, c):
-    grad_sum = grad_sum + tl.load(c + 2) * tl.load(c + 5) * g
-    return tl.load(c + 1) * ((p - initial_param) + grad_sum), grad_sum, initial_param
+def direction(g, p, step_sum, initial_param, c):
+    step_sum = step_sum + tl.load(c + 2) * tl.load(c + 5) * g
+    return tl.load(c + 1) * ((p - initial_param) + step_sum), step_sum, initial_param
 
 
 DADAPT_SGD = register(
     Rule(
         "dadapt_sgd",
-        (State("grad_sum", wide=True), State("initial_param", position=lambda h: 1.0)),
+        (State("step_sum", wide=True), State("initial_param", position=lambda h: 1.0)),
         NAMES,
         scalars,
         reference,
