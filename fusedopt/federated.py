@@ -25,7 +25,7 @@ def pseudo_gradient(
         weights: one number for each client, not negative, e.g. its number of examples; None for equal weights.
     Differences are summed in fp32 (fp64 of fp64 parameters), one sum beside each parameter.
     Raises ValueError: no client, weights that do not fit, or a client with other parameters; no gradient is set then.
-    Source: arXiv 2003.00295, algorithm 2, lines 10 and 11.
+    Source: arXiv 2003.00295, algorithm 1.
     """
     params, clients = list(params), list(client_params)
     if not clients:

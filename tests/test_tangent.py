@@ -47,7 +47,8 @@ def test_every_outcome_of_the_test_is_seen():
 
 RULES = {
     "adamw": {},
-    "adamw_lr": {"lr": torch.tensor(0.05)},
+    "adamw lr": {"lr": torch.tensor(0.05)},
+    "adamw galore": {"projection": fusedopt.GaLore(rank=4)},
     "lion": {},
     "radam": {"decoupled_weight_decay": True},
     "nadam": {"decoupled_weight_decay": True},
@@ -62,7 +63,7 @@ RULES = {
 def test_what_is_left_of_the_decay(rule, capturable):
     """Along its old weights a projected row shrinks by wd_ratio of the rule's own decay at that step, whatever the rule, with
     rates that change."""
-    name, ratio, wd = rule.removesuffix("_lr"), 0.25, 0.5
+    name, ratio, wd = rule.split(" ")[0], 0.25, 0.5
     options = {"lr": 0.05, "weight_decay": wd, "capturable": capturable, "backend": "reference", **RULES[rule]}
     projection = tf.TangentProjection(delta=100.0, wd_ratio=ratio, eps=0.0)
     params = parameters((6, 8), (9,), dtype=torch.float64)

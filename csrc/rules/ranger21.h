@@ -1,4 +1,4 @@
-// Ranger21's inner step: positive-negative momentum (Xie et al., arXiv 2103.17182, algorithm 2) over a softplus of AMSGrad's root
+// Ranger21's inner step: positive-negative momentum (Xie et al., arXiv 2103.17182) over a softplus of AMSGrad's root
 // (arXiv 2106.13731). Which of the two averages has its turn is in the numbers.
 #pragma once
 #include "../scalar.h"

@@ -1,5 +1,5 @@
 """Ranger21: Wright and Demeure, "Ranger21: a synergistic deep learning optimizer" (arXiv 2106.13731), around positive-negative
-momentum (Xie et al., arXiv 2103.17182, algorithm 2)."""
+momentum (Xie et al., arXiv 2103.17182)."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class Ranger21(FusedOptimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range.
-    Source: arXiv 2106.13731, algorithm 1. Its published code applies decay and norm loss to the last tensor only and
+    Source: arXiv 2106.13731. Its published code applies decay and norm loss to the last tensor only and
         takes other constants in the momentum, and normalises gradients twice; that is not reproduced.
     """
 

@@ -46,7 +46,7 @@ class TangentProjection(Transform):
     L2 decay is a part of u. 16-bit weights without anything kept beside them lose what is below their rounding.
     State: none; the weights before the step are kept during it (4 bytes per element). Sums over rows and over each tensor.
     Raises ValueError: delta is not positive, wd_ratio is not in [0, 1], or eps is negative.
-    Source: arXiv 2006.08217, algorithms 1 to 3; test and order as in its authors' code.
+    Source: arXiv 2006.08217, algorithms 1 and 2; test and order as in its authors' code.
     """
 
     delta: float = 0.1

@@ -68,7 +68,7 @@ def unit_norm(x):
 
 
 class Ranger21(Joint):
-    """arXiv 2106.13731, algorithm 1, without its learning rate schedule."""
+    """arXiv 2106.13731 without its learning rate schedule; positive-negative momentum: arXiv 2103.17182."""
 
     betas, eps, pnm, amsgrad, softplus, clip = (0.9, 0.999), 1e-8, 0.9, True, 50.0, 1e-2
     centralize, normalize, stable_decay, norm_loss, lookahead, lookahead_alpha = True, True, True, 1e-4, 5, 0.5
