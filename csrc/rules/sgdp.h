@@ -5,8 +5,14 @@
 
 namespace fo {
 
-struct Sgdp : SgdMomentum {
+struct Sgdp : Elementwise {
   FO_NAME("sgdp")
+  FO_STATES(momentum_buffer)
+  FO_SCALARS(momentum, weight, look_grad, look_buffer)
+
+  static FO_HD float direction(float g, float p, float& momentum_buffer, const Scalars& c) {
+    return SgdMomentum::direction(g, p, momentum_buffer, {c.momentum, c.weight, c.look_grad, c.look_buffer});
+  }
 };
 
 }  // namespace fo
