@@ -70,6 +70,12 @@ LONG = {
     "schedulefree_adamw": {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 20},
     "laprop": {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-8},
     "adamw": {"lr": 0.01, "weight_decay": 0.1, "cautious": True},
+    "adamp": {"lr": 0.01, "weight_decay": 0.1, "delta": 1.0, "nesterov": True},
+    "sgdp": {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.1, "delta": 1.0},
+    "fed_adam": {"lr": 0.01},
+    "fed_yogi": {"lr": 0.01},
+    "fed_adagrad": {"lr": 0.05, "beta1": 0.9},  # at 0.01 weights move so little that their own rounding is 1e-5 of it
+    "rmsprop_tf": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1},
 }
 
 
