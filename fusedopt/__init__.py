@@ -3,6 +3,7 @@
 from fusedopt import rule as _rule
 from fusedopt.backends.select import use_backend
 from fusedopt.factory import create
+from fusedopt.federated import pseudo_gradient
 from fusedopt.files import latest_checkpoint, load_checkpoint, save_checkpoint
 from fusedopt.formats import list_formats
 from fusedopt.norms import clip_grad_norm_, global_norm
@@ -27,6 +28,7 @@ from fusedopt.projections import (
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
+from fusedopt.rules.ranger21 import ranger21_schedule
 from fusedopt.state_files import export_states, import_states
 from fusedopt.states import override, state_bytes
 from fusedopt.transforms import TRANSFORMS, list_transforms
@@ -85,8 +87,10 @@ __all__ = [
     "predicted_weights",
     "private_gradients",
     "projected_linear",
+    "pseudo_gradient",
     "quantize_blockwise",
     "quantize_weights_",
+    "ranger21_schedule",
     "release_gradients",
     "save_checkpoint",
     "state_bytes",

@@ -66,6 +66,15 @@ HYPER = {
     "reps_rel": 1e-3,
     "xi": 0.1,
     "switch_tolerance": 1e-3,
+    "eps_inside": False,
+    "initial_square_avg": 0.0,
+    "lr_in_momentum": False,
+    "tau": 1e-3,
+    "accumulate": False,
+    "coefficient": 1.0,
+    "pnm": 0.9,
+    "amsgrad": True,
+    "softplus": 50.0,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -6,7 +6,7 @@ import lion_pytorch
 import pytest
 import pytorch_optimizer
 import torch
-from oracles import elementwise, reductions
+from oracles import composed, elementwise, reductions
 from oracles.adafactor import Adafactor as TensorAdafactor
 from oracles.lamb import LAMB
 from oracles.lars import LARS
@@ -328,6 +328,85 @@ ORACLES = {
     "swats": (
         reductions.SWATS,
         combine(lr=[0.02], betas=BETAS, eps=[1e-3], switch_tolerance=[1e-2, 1e-9], per_tensor=[False, True], **DECAYS),
+    ),
+    "rmsprop_tf": (
+        elementwise.RMSpropTF,
+        combine(
+            lr=[0.02],
+            alpha=[0.9, 0.6],
+            eps=[1e-10, 1e-3],
+            momentum=[0.0, 0.8],
+            centered=[False, True],
+            weight_decay=[0.0, 0.1],
+            lr_in_momentum=[True, False],
+        ),
+    ),
+    "adamp": (
+        composed.AdamP,
+        combine(lr=[0.02], betas=BETAS, delta=[0.1, 3.0, 30.0], weight_decay=[0.0, 0.1], nesterov=[False, True])
+        + [{"lr": 0.02, "delta": 3.0, "wd_ratio": 0.0, "weight_decay": 0.1, "eps": 1e-2, "maximize": True}],
+    ),
+    "sgdp": (
+        composed.SGDP,
+        combine(
+            lr=[0.005], momentum=[0.9, 0.0], delta=[0.1, 3.0, 30.0], weight_decay=[0.0, 0.1], maximize=[False, True]
+        )
+        + combine(lr=[0.005], momentum=[0.9], delta=[3.0], weight_decay=[0.1], dampening=[0.3], wd_ratio=[1.0, 0.5])
+        + [{"lr": 0.005, "momentum": 0.9, "delta": 3.0, "weight_decay": 0.1, "nesterov": True}],
+    ),
+    "fed_adam": (
+        elementwise.FedAdam,
+        combine(**ADAPTIVE, tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "fed_yogi": (
+        elementwise.FedYogi,
+        combine(**ADAPTIVE, tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "fed_adagrad": (
+        elementwise.FedAdagrad,
+        combine(lr=[0.02], beta1=[0.0, 0.9], tau=[1e-3, 0.1], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "dadapt_sgd": (
+        reductions.DAdaptSGD,
+        combine(lr=[1.0, 0.5], momentum=[0.9, 0.0], d0=[0.1, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True])
+        + [{"d0": 1e-2, "lr": 1.0, "growth_rate": 1.05}],
+    ),
+    "dadapt_adagrad": (
+        reductions.DAdaptAdaGrad,
+        combine(lr=[1.0, 0.5], momentum=[0.9, 0.0], d0=[0.1, 1e-2], weight_decay=[0.0, 0.1], maximize=[False, True])
+        + [{"d0": 1e-3, "lr": 1.0, "growth_rate": 1.05, "eps": 1e-2, "initial_accumulator_value": 0.0}],
+    ),
+    "adog": (
+        reductions.ADoG,
+        combine(
+            lr=[1.0, 0.5],
+            reps_rel=[1e-2, 1e-3],
+            eps=[1e-8, 1.0],
+            coefficient=[1.0, 0.3],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "ranger21": (
+        composed.Ranger21,
+        combine(lr=[0.02], betas=BETAS, weight_decay=[0.0, 0.1], norm_loss=[1e-4, 0.1], maximize=[False, True])
+        + [
+            {"lr": 0.02, "weight_decay": 0.1, **one}
+            for one in (
+                {"pnm": None},
+                {"pnm": 0.3},
+                {"amsgrad": False},
+                {"softplus": None},
+                {"softplus": 2.0, "eps": 1e-2},
+                {"clip": None},
+                {"centralize": False},
+                {"normalize": False},
+                {"stable_decay": False},
+                {"norm_loss": None},
+                {"lookahead": None},
+                {"lookahead": 2, "lookahead_alpha": 0.8},
+            )
+        ],
     ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }

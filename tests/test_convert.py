@@ -269,12 +269,19 @@ def test_refusals(state_dict, form, match):
         convert(state_dict, form)
 
 
-def test_rules_must_agree_about_a_sign(monkeypatch):
-    bad = Rule("bad", (State("exp_avg", signed=False),), (), None, None, None)
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (State("exp_avg", signed=False), "'exp_avg' is signed in one rule and unsigned in another"),
+        (State("exp_avg", wide=True), "'exp_avg' is wide in one rule and not in another"),
+    ],
+)
+def test_rules_must_agree_about_a_state(state, message, monkeypatch):
+    bad = Rule("bad", (state,), (), None, None, None)
     get = piece.get_rule
     monkeypatch.setattr(piece, "list_rules", lambda: [*list_rules(), "bad"])
     monkeypatch.setattr(piece, "get_rule", lambda name: bad if name == "bad" else get(name))
-    with pytest.raises(ValueError, match="'exp_avg' is signed in one rule and unsigned in another"):
+    with pytest.raises(ValueError, match=message):
         convert(entry_of(exp_avg=torch.zeros(3)), "int8")
 
 

@@ -17,6 +17,7 @@ LISTS = {
     "tensor": (tf.OrthoGrad(), tf.ClipComponents(0.5), tf.Normalize(), tf.UnitNorm()),
     "rows": (tf.Centralize(), tf.AdaptiveClip(0.1), tf.UnitNorm(per="unit"), tf.NormLoss()),
     "elements": (tf.ClipFraction(0.2), tf.ClipValue(0.05), tf.PrivacyNoise(0.01)),
+    "tangent": (tf.TangentProjection(delta=1.0),),
     "model": (tf.StableDecay(0.1), tf.Hypergradient(1e-6), tf.Bloop()),
     "weights": (tf.Lookahead(every=2), tf.QuantizationPull(bits=6), tf.LAWN(free_steps=1)),
 }

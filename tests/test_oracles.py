@@ -70,6 +70,12 @@ LONG = {
     "schedulefree_adamw": {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 20},
     "laprop": {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-8},
     "adamw": {"lr": 0.01, "weight_decay": 0.1, "cautious": True},
+    "adamp": {"lr": 0.01, "weight_decay": 0.1, "delta": 1.0, "nesterov": True},
+    "sgdp": {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.1, "delta": 1.0},
+    "fed_adam": {"lr": 0.01},
+    "fed_yogi": {"lr": 0.01},
+    "fed_adagrad": {"lr": 0.05, "beta1": 0.9},  # at 0.01 weights move so little that their own rounding is 1e-5 of it
+    "rmsprop_tf": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1},
 }
 
 
@@ -108,7 +114,7 @@ def test_every_rule_has_an_oracle():
     assert set(optimizers()) - {"microadam"} == set(ORACLES), "add each optimizer class to ORACLES"
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "adamp", "rmsprop_tf"])
 def test_transcription_matches_timm(name):
     """The transcriptions themselves, against an implementation written by others."""
     timm = pytest.importorskip(f"timm.optim.{name}", exc_type=ImportError)
@@ -116,6 +122,10 @@ def test_transcription_matches_timm(name):
         names = {"trust_coefficient": "trust_coeff"}
         cases = [o for o in LARS_CASES if not o.get("maximize")]
         pairs = [(LARS, timm.Lars, o, {names.get(k, k): v for k, v in o.items()}) for o in cases]
+    elif name != "lamb":
+        cls = timm.AdamP if name == "adamp" else timm.RMSpropTF
+        transcription, cases = ORACLES[name]
+        pairs = [(transcription, cls, o, o) for o in cases if not o.get("maximize")]
     else:
         pairs = []
         for o in LAMB_CASES:

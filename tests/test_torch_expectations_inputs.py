@@ -27,6 +27,8 @@ OWN_RATES = {
     "schedulefree_sgd": {"lr": 0.01},  # 1 is beyond the parabola's stable rates
     "sgd_sai": {"eps": 100.0},  # so are 0.01 and more times its gain, that of gradients which hardly differ
     "dadapt_adam": {"lr": 0.1},  # its distance estimate overshoots at 1
+    "dadapt_sgd": {"lr": 0.1, "d0": 0.1},  # 1e-6 at a rate of 1e-3 moves no fp32 weight in 20 steps
+    "dadapt_adagrad": {"lr": 0.1, "d0": 0.1},
     "induced_metric": {"xi": 1e-3},  # maximised, larger gradients give smaller steps, below weight decay
     "adamod": {"beta3": 0.9},  # step sizes begin at 0, below weight decay
 }

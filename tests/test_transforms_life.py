@@ -230,6 +230,8 @@ def _sharded() -> None:
         (tf.Lookahead(every=2), tf.NormLoss(factor=0.1), tf.StableDecay(decay=0.1)),
         (tf.LAWN(free_steps=1),),
         (tf.Layca(),),
+        (tf.TangentProjection(delta=0.5, wd_ratio=0.3),),
+        (tf.TangentProjection(delta=3.0),),
     ]
     for transforms in names:
         split, together = sm.sharded(), sm.build()

@@ -14,14 +14,18 @@ from fusedopt import transforms as tf
 
 SHAPES = ((7, 5), (5,), (3, 4, 2, 2), (12, 9))
 PULL = {"kappa": 3.0, "silent": 2, "ramp": 4, "bits": 3}
-# transform, its oracle given the learning rate
+# transform, its oracle given the arguments of the rule
 PAIRS = {
-    "lookahead": (tf.Lookahead(every=3, alpha=0.3), lambda lr: oracle.Lookahead(3, 0.3)),
-    "lawn": (tf.LAWN(free_steps=2), lambda lr: oracle.LAWN(2)),
-    "layca": (tf.Layca(), lambda lr: oracle.Layca()),
-    "pull": (tf.QuantizationPull(**PULL), lambda lr: oracle.QuantizationPull(**PULL)),
-    "norm_loss": (tf.NormLoss(factor=0.5), lambda lr: oracle.NormLoss(lr, factor=0.5)),
-    "stable_decay": (tf.StableDecay(decay=0.3), lambda lr: oracle.StableDecay(lr, decay=0.3)),
+    "lookahead": (tf.Lookahead(every=3, alpha=0.3), lambda given: oracle.Lookahead(3, 0.3)),
+    "lawn": (tf.LAWN(free_steps=2), lambda given: oracle.LAWN(2)),
+    "layca": (tf.Layca(), lambda given: oracle.Layca()),
+    "tangent": (
+        tf.TangentProjection(delta=1.5, wd_ratio=0.3),
+        lambda given: oracle.TangentProjection(given.get("weight_decay", 0.0), 1.5, 0.3),
+    ),
+    "pull": (tf.QuantizationPull(**PULL), lambda given: oracle.QuantizationPull(**PULL)),
+    "norm_loss": (tf.NormLoss(factor=0.5), lambda given: oracle.NormLoss(given["lr"], factor=0.5)),
+    "stable_decay": (tf.StableDecay(decay=0.3), lambda given: oracle.StableDecay(given["lr"], decay=0.3)),
 }
 CASES = [(name, rule) for name in PAIRS for rule in RULES if name != "stable_decay" or rule == "adamw"]
 each_case = pytest.mark.parametrize("name, rule", CASES)
@@ -43,7 +47,7 @@ def errors(name, rule, steps, dtype, backend, **options):
             q.data.copy_(p.data)
     start = [q.detach().clone() for q in others[0]]
     opt = make(rule, mine, transform, backend=backend, **options)
-    runs = [(ps, cls(ps, **given, backend="reference"), make_oracle(given["lr"])) for ps in others]
+    runs = [(ps, cls(ps, **given, backend="reference"), make_oracle(given)) for ps in others]
     for step in range(steps):
         feed_back(others[0], step)
         for p, *qs in zip(mine, *others, strict=True):
@@ -97,7 +101,7 @@ def test_lookahead_transcription_matches_package():
 
 KEPT = [
     (name, precision)
-    for name in ("lookahead", "lawn", "pull", "norm_loss")
+    for name in ("lookahead", "lawn", "tangent", "pull", "norm_loss")
     for precision in ("split32", "master", "kahan", "nearest")
     if (name, precision) != ("pull", "nearest")
 ]

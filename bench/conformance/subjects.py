@@ -24,6 +24,7 @@ class Subject:
     a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others. momentum: there is one for
     OneCycleLR to cycle. still: a learning rate near zero leaves weights where they are. to_torch: arguments of state_dict
     for a dict that torch.optim takes. eager: without torch.compile, which would take minutes here.
+    alone: a group at a learning rate near zero does not matter to others (a norm of all gradients would).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Subject:
     still: bool = True
     to_torch: dict = field(default_factory=dict)
     eager: bool = False
+    alone: bool = True
     lr: float = LR
 
     def groups(self, params):
@@ -119,6 +121,12 @@ OURS = {
     "induced_metric": {"lr": 0.1, "elementwise": False, "joint": True},
     "prodigy": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
     "dadapt_adam": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
+    "dadapt_sgd": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True, "alone": False},
+    "dadapt_adagrad": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True},
+    "adamp": {"adam": True, "elementwise": False},
+    "sgdp": {"options": {"momentum": 0.9}, "elementwise": False},
+    "ranger21": {"adam": True, "elementwise": False, "joint": True},
+    "adog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "swats": {"adam": True, "elementwise": False, "joint": True},
     "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},

@@ -39,9 +39,12 @@ class Case:
         return " ".join([self.optimizer, *(f"{name}={value}" for name, value in self.flags)])
 
     def build(self, params, **options) -> torch.optim.Optimizer:
-        return optimizers()[self.optimizer](
+        """Without the class's own transforms: no part of a backend, and they round 16-bit weights once more."""
+        opt = optimizers()[self.optimizer](
             params, lr=LR, weight_decay=0.1, min_quantized_numel=SMALLEST, **dict(self.flags), **options
         )
+        opt.gradient_transforms = ()
+        return opt
 
 
 @dataclass(frozen=True)

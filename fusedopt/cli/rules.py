@@ -83,26 +83,27 @@ def states_and_costs(cls: type) -> tuple[list[str], list[str]]:
         opt.plan()
         memory = cls.rule_for(opt.param_groups[0]).memory
         if not names:
-            names = [f"`{n}`" for n in opt.state[p] if n != "step" and n not in memory]
+            others = {"step", *memory, *(f"{t.name}_steps" for t in opt.gradient_transforms if t.counts)}
+            names = [f"`{n}`" for n in opt.state[p] if n not in others]
             names += [f"`{n}` (a number)" for n in memory]
         costs.append(f"{state_bytes(opt) / p.numel():.3g}")
     return names, costs[:1] if len(set(costs)) == 1 else costs
 
 
 def reductions(cls: type) -> str:
-    """What a step sums over before it updates."""
+    """What a step sums over before it updates: its rule, and the gradient transforms that are a part of the class."""
     if cls.needs_shapes:
         return "rows and columns"
     opt = cls([torch.zeros(SIDE, SIDE)])
     if opt.param_groups[0]["projection"] is not None:
         return "matrix products"
     rule = cls.rule_for(opt.param_groups[0])
-    if rule.measures is not None:
-        return {"tensor": "sums of a tensor", "group": "sums of a group"}.get(
-            rule.measures.scope, "sums of all tensors"
-        )
+    sums = {"row": "sums over rows", "tensor": "sums of a tensor", "group": "sums of a group"}
     norms = {"gradient": "norms of gradient and parameter", "update": "norms of update and parameter"}
-    return norms.get(rule.trust_on, "none")
+    found = [] if rule.measures is None else [sums.get(rule.measures.scope, "sums of all tensors")]
+    found += [norms[rule.trust_on]] if rule.trust_on else []
+    found += [sums.get(t.scope, "sums of all tensors") for t in opt.gradient_transforms if t.scope != "element"]
+    return ", ".join(dict.fromkeys(found)) or "none"
 
 
 def takes_projections(cls: type) -> bool:

@@ -34,8 +34,13 @@ def signs() -> dict[str, bool]:
 
 
 def wide() -> set[str]:
-    """States that are fp32 in every format."""
-    return {state.name for rule in map(get_rule, list_rules()) for state in rule.states if state.wide}
+    """States that are fp32 in every format, by name. Raises ValueError where two rules disagree."""
+    out: dict[str, bool] = {}
+    for rule in map(get_rule, list_rules()):
+        for state in rule.states:
+            if out.setdefault(state.name, state.wide) != state.wide:
+                raise ValueError(f"state {state.name!r} is wide in one rule and not in another (rule {rule.name!r})")
+    return {name for name, is_wide in out.items() if is_wide}
 
 
 def derived() -> set[str]:

@@ -14,6 +14,14 @@ from fusedopt.rule import Measures, Rule, State, register, register_optimizer
 NAMES = ("beta1", "weight1", "beta2", "weight2", "beta3", "weight3", "eps", "rate", "d0", "growth_rate", "step_size")
 
 
+def check_d(d0, growth_rate) -> None:
+    """Raises ValueError for a first d, or a limit of its growth, that is none."""
+    if not d0 > 0:
+        raise ValueError(f"Invalid d0 value: {d0}")
+    if not growth_rate > 1:
+        raise ValueError(f"Invalid growth_rate value: {growth_rate}; it must be above 1")
+
+
 def rate(h, step):
     """What multiplies d in the step."""
     beta1, beta2 = h["betas"]
@@ -139,10 +147,7 @@ class DAdaptAdam(FusedOptimizer):
     ):
         check_betas(betas, options)
         check_nonnegative(eps, "epsilon value")
-        if not d0 > 0:
-            raise ValueError(f"Invalid d0 value: {d0}")
-        if not growth_rate > 1:
-            raise ValueError(f"Invalid growth_rate value: {growth_rate}; it must be above 1")
+        check_d(d0, growth_rate)
         defaults = {
             "lr": lr,
             "betas": betas,

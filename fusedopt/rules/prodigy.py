@@ -10,6 +10,7 @@ from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_betas, check_nonnegative
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
+from fusedopt.rules.dadapt import check_d
 
 NAMES = (
     "beta1", "weight1", "beta2", "weight2", "beta3", "eps", "debias", "rate", "safeguard", "d0", "d_coef", "growth_rate",
@@ -161,11 +162,9 @@ class Prodigy(FusedOptimizer):
     ):
         check_betas(betas, options)
         check_nonnegative(eps, "epsilon value")
-        for name, value in (("d0", d0), ("d_coef", d_coef)):
-            if not value > 0:
-                raise ValueError(f"Invalid {name} value: {value}")
-        if not growth_rate > 1:
-            raise ValueError(f"Invalid growth_rate value: {growth_rate}; it must be above 1")
+        check_d(d0, growth_rate)
+        if not d_coef > 0:
+            raise ValueError(f"Invalid d_coef value: {d_coef}")
         if beta3 is not None and not 0.0 <= beta3 < 1.0:
             raise ValueError(f"Invalid beta3 value: {beta3}")
         defaults = {

@@ -10,12 +10,13 @@ from fusedopt.transforms.normalising import Centralize, Normalize, UnitNorm
 from fusedopt.transforms.orthogonal import OrthoGrad
 from fusedopt.transforms.private import ErrorFeedback, PrivacyNoise
 from fusedopt.transforms.rates import Hypergradient
+from fusedopt.transforms.tangent import TangentProjection
 from fusedopt.transforms.wrappers import LAWN, Layca, Lookahead, NormLoss, QuantizationPull, StableDecay
 
 TRANSFORMS = (
     Grokfast, GrokfastMA, OrthoGrad, ClipValue, ClipFraction, ClipComponents, AdaptiveClip, Centralize, Normalize, UnitNorm,
-    Lookahead, LAWN, Layca, QuantizationPull, NormLoss, StableDecay, Hypergradient, Bloop, PrivacyNoise, ErrorFeedback, Cautious,
-    GradientGrouping, CriticalMomenta,
+    Lookahead, LAWN, Layca, TangentProjection, QuantizationPull, NormLoss, StableDecay, Hypergradient, Bloop, PrivacyNoise,
+    ErrorFeedback, Cautious, GradientGrouping, CriticalMomenta,
 )  # fmt: skip
 
 __all__ = ["TRANSFORMS", "Transform", "list_transforms", *(cls.__name__ for cls in TRANSFORMS)]

@@ -288,18 +288,19 @@ class StableDecay(Transform):
     When to use it: with Adam and its kin, in place of weight_decay; a component of Ranger21.
 
     Args:
-        decay: coefficient.
+        decay: coefficient; None for the weight_decay of each group, of a rule that does not decay by itself.
     State: the count of steps; reads the rule's `exp_avg_sq`. Sums over all tensors. Raises ValueError: decay is not positive;
     at the step: a rule without `exp_avg_sq`. Source: arXiv 2011.11152, as Ranger21 (arXiv 2106.13731) applies it.
     """
 
-    decay: float = 1e-4
+    decay: float | None = 1e-4
     name = "stable_decay"
     scope = "model"
     counts = reads_weights = True
 
     def __post_init__(self):
-        check_positive("StableDecay", "decay", self.decay)
+        if self.decay is not None:
+            check_positive("StableDecay", "decay", self.decay)
 
     def ready(self, batches: list[Batch]) -> None:
         for slot in (s for batch in batches for s in batch.slots):
@@ -322,5 +323,6 @@ class StableDecay(Transform):
             size += sum(s.owner.numel() for s in batch.slots)
         sigma = (total / size).sqrt()
         for batch in batches:
-            factor = 1 - rates(batch) * self.decay / sigma.to(batch.device)
+            decay = each_group(batch, lambda g: g["weight_decay"]) if self.decay is None else self.decay
+            factor = 1 - rates(batch) * decay / sigma.to(batch.device)
             batch.set_weights(scaled(batch.weights(), torch.where(sigma.to(batch.device) > 0, factor, 1.0)))

@@ -304,3 +304,47 @@ class Muon(Transcription):
             "none": 1.0,
         }[self.adjust_lr_fn]
         return (1 - self.lr * self.wd) * theta - self.lr * size * x.view(theta.shape)
+
+
+class RMSpropTF(Transcription):
+    """TensorFlow's RMSprop: means move by a share of the difference, eps under the root, lr in the buffer."""
+
+    decay = "l2"
+    alpha, eps, momentum, centered, lr_in_momentum = 0.9, 1e-10, 0.0, False, True
+
+    def update(self, theta, g, t, state):
+        v, a = state.get("v", torch.ones_like(g)), state.get("a", torch.zeros_like(g))
+        v, a = v + (1 - self.alpha) * (g * g - v), a + (1 - self.alpha) * (g - a)
+        state["v"], state["a"] = v, a
+        d = g / (v - a * a + self.eps if self.centered else v + self.eps).sqrt()
+        inside, outside = (self.lr, 1.0) if self.lr_in_momentum else (1.0, self.lr)
+        b = state["b"] = self.momentum * state.get("b", torch.zeros_like(g)) + inside * d
+        return theta - outside * b
+
+
+class FedAdam(Transcription):
+    """arXiv 2003.00295, algorithm 2: the server's three second moments; g is minus the clients' mean change."""
+
+    decay = "l2"
+    betas, tau = (0.9, 0.99), 1e-3
+
+    def second(self, v, g):
+        return self.betas[1] * v + (1 - self.betas[1]) * g * g
+
+    def update(self, theta, g, t, state):
+        m = ema(state, "m", -g, self.betas[0])
+        v = state["v"] = self.second(state.get("v", torch.full_like(g, self.tau**2)), g)
+        return theta + self.lr * m / (v.sqrt() + self.tau)
+
+
+class FedYogi(FedAdam):
+    def second(self, v, g):
+        return v - (1 - self.betas[1]) * g * g * torch.sign(v - g * g)
+
+
+class FedAdagrad(FedAdam):
+    def __init__(self, params, beta1=0.0, **options):
+        super().__init__(params, betas=(beta1, None), **options)
+
+    def second(self, v, g):
+        return v + g * g

@@ -342,3 +342,80 @@ class SWATS(Joint):
             rate = phase["average"] / (1 - b2**t)
             if t > 1 and abs(rate - gamma) < self.switch_tolerance and rate > 0:
                 phase["rate"], phase["b"] = rate, {i: torch.zeros_like(grads[i]) for i in mine}
+
+
+class DAdaptSGD(Joint):
+    """arXiv 2301.07733, algorithm 4, as its authors' code has it: the unit is the norm of the undecayed first gradient."""
+
+    decay = "l2"
+    momentum, d0, growth_rate = 0.9, 1e-6, math.inf
+
+    def begin(self, thetas):
+        self.d, self.numerator, self.unit = self.d0, 0.0, None
+        self.s = zeros(thetas)
+
+    def update_all(self, thetas, grads, t):
+        if self.unit is None:
+            raw = [g - self.wd * theta for g, theta in zip(grads, thetas, strict=True)]
+            norm = math.sqrt(dot(raw, raw))
+            if norm == 0:
+                return thetas
+            self.unit = norm
+        step = self.d * self.lr / self.unit
+        self.numerator += step * dot(grads, self.s)
+        self.s = [s + step * g for s, g in zip(self.s, grads, strict=True)]
+        estimate = 2 * self.numerator / math.sqrt(dot(self.s, self.s))
+        self.d = max(self.d, min(estimate, self.d * self.growth_rate))
+        mu = self.momentum
+        return [mu * theta + (1 - mu) * (first - s) for theta, first, s in zip(thetas, self.first, self.s, strict=True)]
+
+
+class DAdaptAdaGrad(Joint):
+    """arXiv 2301.07733, algorithm 3, as its authors' code has it."""
+
+    decay = "l2"
+    momentum, eps, initial_accumulator_value, d0, growth_rate = 0.0, 0.0, 1e-6, 1e-6, math.inf
+
+    def begin(self, thetas):
+        self.d, self.spent = self.d0, 0.0
+        self.s = zeros(thetas)
+        self.a = [torch.full_like(theta, self.initial_accumulator_value) for theta in thetas]
+
+    def update_all(self, thetas, grads, t):
+        step = self.d * self.lr
+        self.a = [a + g * g for a, g in zip(self.a, grads, strict=True)]
+        roots = [a.sqrt() + self.eps for a in self.a]
+        self.spent += step**2 * sum(float((g * g / root).sum()) for g, root in zip(grads, roots, strict=True))
+        self.s = [s + step * g for s, g in zip(self.s, grads, strict=True)]
+        weighted = sum(float((s * s / root).sum()) for s, root in zip(self.s, roots, strict=True))
+        size = sum(float(s.abs().sum()) for s in self.s)
+        if size > 0:
+            self.d = max(self.d, min((weighted - self.spent) / size, self.d * self.growth_rate))
+        mu = self.momentum
+        ends = [first - s / root for first, s, root in zip(self.first, self.s, roots, strict=True)]
+        return [mu * theta + (1 - mu) * end for theta, end in zip(thetas, ends, strict=True)]
+
+
+class ADoG(Joint):
+    """arXiv 2404.00666, the accelerated DoG of its experiments: distances are measured after w has moved."""
+
+    decay = "l2"
+    reps_rel, eps, coefficient = 1e-6, 1e-8, 1.0
+
+    def begin(self, thetas):
+        self.r = self.reps_rel * (1 + math.sqrt(dot(thetas, thetas)))
+        self.sum_r, self.alpha, self.sum_alpha_r, self.total = self.r, 1.0, self.r, self.eps
+        self.w = [theta.clone() for theta in thetas]
+
+    def update_all(self, thetas, grads, t):
+        self.total += self.alpha**2 * dot(grads, grads)
+        eta = self.lr * self.r / math.sqrt(self.total)
+        ys = [theta - eta * g for theta, g in zip(thetas, grads, strict=True)]
+        self.w = [w - self.alpha * eta * g for w, g in zip(self.w, grads, strict=True)]
+        away = [w - first for w, first in zip(self.w, self.first, strict=True)]
+        self.r = max(self.r, math.sqrt(dot(away, away)))
+        self.sum_r += self.r
+        self.alpha = max(1.0, self.coefficient * self.sum_r / self.r)
+        self.sum_alpha_r += self.alpha * self.r
+        tau = self.alpha * self.r / self.sum_alpha_r
+        return [(1 - tau) * y + tau * w for y, w in zip(ys, self.w, strict=True)]

@@ -66,6 +66,39 @@ class Layca:
             p.data.copy_(new * norm / torch.linalg.norm(new))
 
 
+class TangentProjection:
+    """arXiv 2006.08217, with the order of its authors' code: by channel, else by layer."""
+
+    def __init__(self, weight_decay=0.0, delta=0.1, wd_ratio=0.1, eps=1e-8):
+        self.wd, self.delta, self.ratio, self.eps = weight_decay, delta, wd_ratio, eps
+        self.seen = {"rows": 0, "whole": 0, "neither": 0}
+
+    def __call__(self, params):
+        self.old = [p.detach().clone() for p in params]
+        self.kinds = [self.kind(p.detach(), p.grad) for p in params]
+        for kind in self.kinds:
+            self.seen[kind] += 1
+
+    def kind(self, w, g):
+        for kind, rows in (("rows", w.shape[0]), ("whole", 1)) if w.dim() > 1 else ():
+            cosine = torch.nn.functional.cosine_similarity(
+                w.reshape(rows, -1), g.reshape(rows, -1), dim=1, eps=self.eps
+            )
+            if float(cosine.abs().max()) < self.delta / (w.numel() / rows) ** 0.5:
+                return kind
+        return "neither"
+
+    def after(self, params, lr):
+        for p, w, kind in zip(params, self.old, self.kinds, strict=True):
+            if kind == "neither":
+                continue
+            rows = w.shape[0] if kind == "rows" else 1
+            u = (w * (1 - lr * self.wd) - p.detach()).reshape(rows, -1)
+            unit = torch.stack([row / (row.norm() + self.eps) for row in w.reshape(rows, -1)])
+            u = u - unit * (unit * u).sum(1, keepdim=True)
+            p.data.copy_(w * (1 - lr * self.wd * self.ratio) - u.view(w.shape))
+
+
 class QuantizationPull:
     def __init__(self, kappa=1.0, silent=0, ramp=1, bits=4):
         self.kappa, self.silent, self.ramp, self.bits, self.steps = kappa, silent, ramp, bits, 0
