@@ -19,6 +19,7 @@ class State:
 
     signed: the 8-bit map it takes: True for first moments, False for second moments (never negative).
     initial(h): what every element is at the start, from the group's hyperparameters; zero where there is none.
+    spread(h): the standard deviation of the normal numbers that it starts as, which the group's seed determines.
     position(h): the share of the parameter that the state starts as. It is then a point beside the parameter, and stays wide.
     wide: kept in fp32 under every state_format: a sum or a point, whose increments a narrow format would round away.
     """
@@ -27,6 +28,7 @@ class State:
     signed: bool = True
     initial: Callable[[Mapping[str, Any]], float] | None = None
     position: Callable[[Mapping[str, Any]], float] | None = None
+    spread: Callable[[Mapping[str, Any]], float] | None = None
     wide: bool = False
 
     def __post_init__(self):
@@ -85,6 +87,7 @@ class Rule:
     step_size(h, step): what multiplies u; the learning rate where there is none. decay(h, step): the share of the parameter
         that decoupled decay takes; lr * weight_decay where there is none. Both under the conditions of `scalars`.
     derived: numbers that the torch.optim class of the rule keeps in its state and that follow from h and the step count here.
+    noise: its bodies (but not `terms`) take z ~ N(0, 1) of each element after p, drawn at each step from the seed.
     measures: numbers of whole tensors beside the trust ratio.
     internal: a building block of projections that no optimizer class steps by itself.
     """
@@ -102,6 +105,7 @@ class Rule:
     decay: Callable[[Mapping[str, Any], Any], Any] | None = None
     derived: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = field(default_factory=dict)
     measures: Measures | None = None
+    noise: bool = False
     internal: bool = False
 
     @property

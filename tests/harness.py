@@ -66,6 +66,8 @@ HYPER = {
     "reps_rel": 1e-3,
     "xi": 0.1,
     "switch_tolerance": 1e-3,
+    "beta_utility": 0.9,
+    "protecting": True,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

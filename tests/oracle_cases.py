@@ -110,6 +110,22 @@ class NAdam(torch.optim.NAdam):
             torch.set_default_dtype(torch.float32)
 
 
+class gravity(pytorch_optimizer.Gravity):
+    """The package divides by the largest gradient, with 0 / 0 where all are 0, and has no weight decay."""
+
+    def __init__(self, params, weight_decay=0.0, **options):
+        super().__init__(params, foreach=False, **options)
+        self.weight_decay = weight_decay
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = p.grad + (-1 if self.maximize else 1) * self.weight_decay * p.detach()
+                if not p.grad.any():
+                    p.grad[(0,) * p.dim()] = 1e-300
+        super().step()
+
+
 ADAPTIVE = {"lr": [0.02], "betas": BETAS}
 
 # optimizer class -> (oracle, cases)
@@ -303,6 +319,33 @@ ORACLES = {
     "swats": (
         reductions.SWATS,
         combine(lr=[0.02], betas=BETAS, eps=[1e-3], switch_tolerance=[1e-2, 1e-9], per_tensor=[False, True], **DECAYS),
+    ),
+    "gravity": (
+        gravity,
+        combine(lr=[0.1, 0.02], beta=[0.9, 0.5], alpha=[0.0], maximize=[False, True])
+        + [{"lr": 0.1, "alpha": 0.0, "weight_decay": 0.1}],
+    ),
+    "upgd": (
+        reductions.UPGD,
+        combine(
+            lr=[0.05],
+            beta_utility=[0.9, 0.0],
+            sigma=[0.0],
+            protecting=[True, False],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "adaptive_upgd": (
+        reductions.AdaptiveUPGD,
+        combine(
+            **ADAPTIVE,
+            eps=[1e-5],
+            beta_utility=[0.9, 0.0],
+            sigma=[0.0],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
     ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }

@@ -113,6 +113,18 @@ class FAdam(Transcription):
         return theta - self.lr * (m + self.wd * self.clipped(theta / scale))
 
 
+class UPGDBase:
+    """arXiv 2404.00781 without noise: the utility of each weight against the largest of all, and 1 - sigmoid of it."""
+
+    beta_utility = 0.999
+
+    def free(self, thetas, grads, t):
+        b = self.beta_utility
+        self.u = [b * u - (1 - b) * g * theta for u, g, theta in zip(self.u, grads, thetas, strict=True)]
+        largest = max(float(u.max()) for u in self.u)
+        return [1 - torch.sigmoid(u / (1 - b**t) / largest) for u in self.u]
+
+
 class Joint(Transcription):
     """All tensors step at once: `update_all(thetas, grads, t)` gives the new ones; grads with L2 decay where it is coupled."""
 
@@ -265,6 +277,38 @@ class InducedMetric(Joint):
             (1 - self.lr * self.wd) * theta - self.lr * factor * m / (1 - mu**t) / d
             for theta, m, d in zip(thetas, self.m, metric, strict=True)
         ]
+
+
+class UPGD(UPGDBase, Joint):
+    sigma, protecting = 0.0, True
+
+    def begin(self, thetas):
+        self.u = zeros(thetas)
+
+    def update_all(self, thetas, grads, t):
+        return [
+            (1 - self.lr * self.wd) * theta - self.lr * g * (k if self.protecting else 1.0)
+            for theta, g, k in zip(thetas, grads, self.free(thetas, grads, t), strict=True)
+        ]
+
+
+class AdaptiveUPGD(UPGDBase, Joint):
+    """As in its published code for reinforcement learning."""
+
+    betas, eps, sigma = (0.9, 0.999), 1e-5, 0.0
+
+    def begin(self, thetas):
+        self.u, self.m, self.v = zeros(thetas), zeros(thetas), zeros(thetas)
+
+    def update_all(self, thetas, grads, t):
+        b1, b2 = self.betas
+        self.m = [b1 * m + (1 - b1) * g for m, g in zip(self.m, grads, strict=True)]
+        self.v = [b2 * v + (1 - b2) * g * g for v, g in zip(self.v, grads, strict=True)]
+        out = []
+        for theta, m, v, k in zip(thetas, self.m, self.v, self.free(thetas, grads, t), strict=True):
+            u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+            out.append((1 - self.lr * self.wd) * theta - 2 * self.lr * k * u)
+        return out
 
 
 class SWATS(Joint):
