@@ -62,7 +62,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
     decay_mode = "coupled"
     needs_shapes = False  # whether the rule looks at a tensor's dimensions, beside trust ratios and projections
     torch_counts_steps = True  # whether the torch.optim class of the rule keeps a step in its state
-    given: dict[str, torch.Tensor] = {}  # numbers that the rule is handed with a step (Measures.given)
+    given: dict[str, torch.Tensor] = {}  # numbers that the rule is handed with this step (Measures.given)
 
     def __init__(
         self,

@@ -181,7 +181,9 @@ class Parts:
                 f"{what}: projected_linear steps at step() only. Call its handle's remove() before step_parameter."
             )
         if needs_all_gradients(opt):
-            raise RuntimeError(f"{what}: {type(opt).__name__} sums over all gradients before it steps. Call step().")
+            raise RuntimeError(
+                f"{what}: {type(opt).__name__} needs all gradients, or the loss, before it steps. Call step()."
+            )
         if opt.amp_fused:
             raise RuntimeError(
                 f"{what}: with amp_fused=True overflow is known only after the backward pass. Use bf16 autocast, which needs no "

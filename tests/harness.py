@@ -68,6 +68,15 @@ HYPER = {
     "switch_tolerance": 1e-3,
     "beta_utility": 0.9,
     "protecting": True,
+    "shift": 1.0,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "lower_bound": 0.0,
+    "scale": 0.5,
+    "max_rate": 1.0,
+    "preconditioner": "adam",
+    "beta2": 0.99,
+    "sqrt": True,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

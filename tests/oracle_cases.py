@@ -314,11 +314,45 @@ ORACLES = {
         combine(
             lr=[0.1], momentum=[0.9, 0.5], xi=[0.1, 1e-3], beta=[0.8, 0.3], weight_decay=[0.0, 0.1], rms=[False, True]
         )
-        + [{"lr": 0.1, "rms": True, "alpha": 0.7, "eps": 1e-2, "maximize": True}],
+        + [{"lr": 0.1, "rms": True, "alpha": 0.7, "eps": 1e-2, "maximize": True}]
+        + combine(lr=[0.1], momentum=[0.9, 0.5], xi=[0.1, 1e-3], beta=[0.8], weight_decay=[0.0, 0.1], log=[True])
+        + [{"lr": 0.1, "log": True, "maximize": True}],
     ),
     "swats": (
         reductions.SWATS,
         combine(lr=[0.02], betas=BETAS, eps=[1e-3], switch_tolerance=[1e-2, 1e-9], per_tensor=[False, True], **DECAYS),
+    ),
+    "aegd": (
+        reductions.AEGD,
+        combine(
+            lr=[0.1, 0.01],
+            shift=[1.0, 20.0],
+            momentum=[0.0, 0.9],
+            weight_decay=[0.0, 0.1],
+            decoupled_weight_decay=[False, True],
+        )
+        + [
+            {"lr": 0.1, "shift": 50.0, "decoupled_weight_decay": False, "maximize": True, "momentum": m}
+            for m in (0.0, 0.5)
+        ],
+    ),
+    "sps": (
+        reductions.SPS,
+        combine(lr=[1.0, 0.5], scale=[0.5, 0.2], max_rate=[1.0, 1e-4], lower_bound=[0.0, 0.1], weight_decay=[0.0, 0.1])
+        + [{"lr": 1.0, "maximize": True, "lower_bound": -10.0}],
+    ),
+    "sania": (
+        reductions.SANIA,
+        combine(
+            lr=[1.0, 0.5],
+            preconditioner=["adam", "adagrad"],
+            eps=[0.1, 2.0],
+            sqrt=[False, True],
+            beta2=[0.99],
+            lower_bound=[0.0, 0.3],
+            weight_decay=[0.0, 0.1],
+        )
+        + [{"lr": 1.0, "maximize": True, "lower_bound": -10.0}],
     ),
     "gravity": (
         gravity,

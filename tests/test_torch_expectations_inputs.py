@@ -28,6 +28,8 @@ OWN_RATES = {
     "sgd_sai": {"eps": 100.0},  # so are 0.01 and more times its gain, that of gradients which hardly differ
     "dadapt_adam": {"lr": 0.1},  # its distance estimate overshoots at 1
     "induced_metric": {"xi": 1e-3},  # maximised, larger gradients give smaller steps, below weight decay
+    "sps": {"lower_bound": -10.0, "max_rate": 0.01},  # maximised, minus the loss stands for it
+    "sania": {"lower_bound": -10.0},
     "gravity": {"alpha": 0.0},  # a random start outlasts the 20 steps
     "adamod": {"beta3": 0.9},  # step sizes begin at 0, below weight decay
 }

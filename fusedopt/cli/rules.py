@@ -96,9 +96,11 @@ def reductions(cls: type) -> str:
     opt = cls([torch.zeros(SIDE, SIDE)])
     rule = cls.rule_for(opt.param_groups[0])
     if rule.measures is not None:
-        return {"tensor": "sums of a tensor", "group": "sums of a group"}.get(
+        sums = {"tensor": "sums of a tensor", "group": "sums of a group"}.get(
             rule.measures.scope, "sums of all tensors"
         )
+        sums = sums if rule.takes_norms or rule.probes else ""
+        return " and ".join(filter(None, (sums, "the loss" if rule.measures.given else "")))
     norms = {"gradient": "norms of gradient and parameter", "update": "norms of update and parameter"}
     return norms.get(rule.trust_on, "none")
 

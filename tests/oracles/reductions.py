@@ -8,6 +8,7 @@ import math
 import torch
 
 from oracles.elementwise import Transcription, ema
+from oracles.stand_in import stand_in_loss
 
 
 class NovoGrad(Transcription):
@@ -111,6 +112,27 @@ class FAdam(Transcription):
         scale = state["F"] ** 0.5 + self.eps * max(1.0, self.rms(g))
         m = ema(state, "m", self.clipped(g / scale), b1)
         return theta - self.lr * (m + self.wd * self.clipped(theta / scale))
+
+
+class AEGD(Transcription):
+    """arXiv 2010.05109, algorithm 1, decay on the scaled gradient; and with a heavy ball."""
+
+    shift, momentum = 1.0, 0.0
+
+    @torch.no_grad()
+    def step(self):
+        self.root = math.sqrt(self.sign * stand_in_loss(self.params) + self.shift)
+        super().step()
+
+    def update(self, theta, g, t, state):
+        if self.decay == "l2":  # the caller has added it to the gradient
+            g, inside = g - self.wd * theta, self.wd * theta
+        else:
+            inside = 0.0
+        q = g / (2 * self.root) + inside
+        state["r"] = state.get("r", torch.full_like(q, self.root)) / (1 + 2 * self.lr * q * q)
+        state["m"] = self.momentum * state.get("m", torch.zeros_like(q)) + q
+        return theta - 2 * self.lr * state["r"] * state["m"]
 
 
 class UPGDBase:
@@ -260,7 +282,7 @@ class AdaptiveBraking(Transcription):
 class InducedMetric(Joint):
     """arXiv 2509.03594: the metric's factor from the smoothed squared gradient of all tensors; `rms`: preconditioned."""
 
-    momentum, xi, beta, rms, alpha, eps = 0.9, 0.1, 0.8, False, 0.99, 1e-8
+    momentum, xi, beta, rms, log, alpha, eps = 0.9, 0.1, 0.8, False, False, 0.99, 1e-8
 
     def begin(self, thetas):
         self.m, self.v, self.energy = zeros(thetas), zeros(thetas), 0.0
@@ -272,11 +294,48 @@ class InducedMetric(Joint):
         metric = [(v / (1 - a**t)).sqrt() + self.eps if self.rms else torch.ones_like(v) for v in self.v]
         slope = dot(grads, [g / d for g, d in zip(grads, metric, strict=True)])
         self.energy = self.beta * self.energy + (1 - self.beta) * self.xi * slope
-        factor = 1 / (1 + abs(self.energy / (1 - self.beta**t)))
+        height = self.sign * stand_in_loss(thetas) if self.log else 1
+        factor = height / (height**2 + abs(self.energy / (1 - self.beta**t)))
         return [
             (1 - self.lr * self.wd) * theta - self.lr * factor * m / (1 - mu**t) / d
             for theta, m, d in zip(thetas, self.m, metric, strict=True)
         ]
+
+
+class SPS(Joint):
+    """arXiv 2002.10542, SPS_max."""
+
+    scale, max_rate, lower_bound = 0.5, 1.0, 0.0
+
+    def update_all(self, thetas, grads, t):
+        above = max(self.sign * stand_in_loss(thetas) - self.lower_bound, 0.0)
+        rate = self.lr * min(above / (self.scale * dot(grads, grads)), self.max_rate)
+        return [(1 - rate * self.wd) * theta - rate * g for theta, g in zip(thetas, grads, strict=True)]
+
+
+class SANIA(Joint):
+    """arXiv 2312.17369, algorithm 1 with the diagonals of its section 4."""
+
+    preconditioner, beta2, eps, sqrt, lower_bound = "adam", 0.999, 0.1, False, 0.0
+
+    def begin(self, thetas):
+        self.v = zeros(thetas)
+
+    def metric(self, v, t):
+        v = v if self.preconditioner == "adagrad" else v / (1 - self.beta2**t)
+        v = v.clamp(min=self.eps)
+        return v.sqrt() if self.sqrt else v
+
+    def update_all(self, thetas, grads, t):
+        b = self.beta2
+        if self.preconditioner == "adagrad":
+            self.v = [v + g * g for v, g in zip(self.v, grads, strict=True)]
+        else:
+            self.v = [b * v + (1 - b) * g * g for v, g in zip(self.v, grads, strict=True)]
+        steps = [g / self.metric(v, t) for g, v in zip(grads, self.v, strict=True)]
+        above, product = max(self.sign * stand_in_loss(thetas) - self.lower_bound, 0.0), dot(steps, grads)
+        rate = self.lr * (1 - math.sqrt(1 - 2 * above / product) if 2 * above <= product else 1.0)
+        return [(1 - rate * self.wd) * theta - rate * d for theta, d in zip(thetas, steps, strict=True)]
 
 
 class UPGD(UPGDBase, Joint):
