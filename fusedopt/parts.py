@@ -150,10 +150,10 @@ class Parts:
         with torch.no_grad():
             if tensor_id in self._round:  # a second time: a step is over
                 self.end_round()
-            self._round.add(tensor_id)
             opt._take_turns(tensor_id)
             grads = widened(opt, [p], [g], None) if opt.gradient_transforms else [g]
             opt._run(self.plan((tensor_id,), grads), grads, part=True)
+            self._round.add(tensor_id)  # a refused one has no part in it
 
     def end_round(self) -> None:
         """Ends a step of step_parameter's."""

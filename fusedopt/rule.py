@@ -21,6 +21,7 @@ class State:
     initial(h): what every element is at the start, from the group's hyperparameters; zero where there is none.
     spread(h): the standard deviation of the normal numbers that it starts as, which the group's seed determines.
     position(h): the share of the parameter that the state starts as. It is then a point beside the parameter, and stays wide.
+    estimate: written between steps by the class (fusedopt.curvature); the rule reads it and returns it as it is. Stays wide.
     wide: kept in fp32 under every state_format: a sum or a point, whose increments a narrow format would round away.
     """
 
@@ -29,10 +30,11 @@ class State:
     initial: Callable[[Mapping[str, Any]], float] | None = None
     position: Callable[[Mapping[str, Any]], float] | None = None
     spread: Callable[[Mapping[str, Any]], float] | None = None
+    estimate: bool = False
     wide: bool = False
 
     def __post_init__(self):
-        if self.position is not None:
+        if self.position is not None or self.estimate:
             object.__setattr__(self, "wide", True)
 
 
@@ -141,6 +143,11 @@ class Rule:
     def has_positions(self) -> bool:
         """Whether it steps points beside the parameter. Its direction then reads the parameter, which a projection lacks."""
         return any(state.position is not None for state in self.states)
+
+    @property
+    def reads_estimates(self) -> bool:
+        """Whether it reads a state that is written for the whole parameter between steps, which a projection lacks."""
+        return any(state.estimate for state in self.states)
 
     def named_scalars(self, h: Mapping[str, Any], step) -> dict[str, Any]:
         return dict(zip(self.scalar_names, self.scalars(h, step), strict=True))

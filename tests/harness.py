@@ -77,6 +77,7 @@ HYPER = {
     "preconditioner": "adam",
     "beta2": 0.99,
     "sqrt": True,
+    "truncation": 0.05,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {
@@ -121,6 +122,7 @@ class Problem:
 
 OWN = {
     "ademamix": {"betas": (0.9, 0.99, 0.999), "alpha": 5.0},
+    "sania_hessian": {"eps": 0.05},  # its quotients too are as large as it lets them
     "fadam": {"clip": 0.01},  # it divides quotients by their rms, which in these problems is 100 and more
 }  # where the names above mean something else
 

@@ -10,6 +10,7 @@ from oracles import elementwise, reductions
 from oracles.adafactor import Adafactor as TensorAdafactor
 from oracles.lamb import LAMB
 from oracles.lars import LARS
+from oracles.stand_in import stand_in_hessian
 
 STEPS = 14
 SHAPES = ((7, 5), (5,), (3, 4, 2, 2), ())
@@ -108,6 +109,21 @@ class NAdam(torch.optim.NAdam):
             super().step()
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+class AdaHessian(pytorch_optimizer.AdaHessian):
+    """With the diagonal of the tests, averaged as the paper's section 3.2 has it."""
+
+    def __init__(self, params, spatial_averaging=True, **options):
+        super().__init__(params, foreach=False, **options)
+        self.averages = spatial_averaging
+
+    def step(self):
+        params = [p for group in self.param_groups for p in group["params"]]
+        given = [stand_in_hessian(p).abs() for p in params]
+        if self.averages:
+            given = [d.mean((2, 3), keepdim=True).expand_as(d) if d.dim() == 4 else d for d in given]
+        super().step(hessian=given)
 
 
 class gravity(pytorch_optimizer.Gravity):
@@ -321,6 +337,25 @@ ORACLES = {
     "swats": (
         reductions.SWATS,
         combine(lr=[0.02], betas=BETAS, eps=[1e-3], switch_tolerance=[1e-2, 1e-9], per_tensor=[False, True], **DECAYS),
+    ),
+    "adahessian": (
+        AdaHessian,
+        combine(
+            **ADAPTIVE,
+            eps=[1e-4, 1e-2],
+            spatial_averaging=[False, True],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "oasis": (
+        reductions.OASIS,
+        combine(**ADAPTIVE, truncation=[0.01, 0.7], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "sania_hessian": (
+        reductions.SANIAHessian,
+        combine(lr=[1.0, 0.5], eps=[0.1, 2.0], lower_bound=[0.0, 0.3], weight_decay=[0.0, 0.1])
+        + [{"lr": 1.0, "maximize": True, "lower_bound": -10.0}],
     ),
     "aegd": (
         reductions.AEGD,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 import fusedopt
+from fusedopt.curvature import EstimatesHessian
 from fusedopt.losses import TakesLoss
 from fusedopt.rule import optimizers
 
@@ -121,6 +122,9 @@ OURS = {
     "prodigy": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
     "dadapt_adam": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
     "gravity": {"lr": 0.1, "options": {"alpha": 0.0}, "elementwise": False, "momentum": False},
+    "adahessian": {"adam": True},
+    "oasis": {},
+    "sania_hessian": {"lr": 0.1, "elementwise": False, "joint": True, "momentum": False},
     "aegd": {"lr": 0.1, "elementwise": False, "momentum": False},
     "sps": {"lr": 1.0, "options": {"max_rate": 0.1}, "elementwise": False, "joint": True, "momentum": False},
     "sania": {"lr": 1.0, "elementwise": False, "joint": True, "momentum": False},
@@ -134,7 +138,7 @@ OURS = {
 
 def ours() -> list[Subject]:
     """Every class of the registry, and AdamW in 8 bits with stochastic rounding and with a projection. Classes that read the
-    loss get one that stands for it."""
+    loss or the Hessian get what stands for it."""
     found = []
     for name, cls in optimizers().items():
         cls = _with_stand_ins(cls)
@@ -151,12 +155,20 @@ def ours() -> list[Subject]:
 
 
 def _with_stand_ins(cls: type) -> type:
-    """A class with a loss of its own where its rule reads one, importable from here as pickle wants it."""
-    if not issubclass(cls, TakesLoss):
+    """A class with a loss and a Hessian of its own where its rule reads one, importable from here as pickle wants it."""
+    stand_ins = {}
+    if issubclass(cls, TakesLoss):
+        stand_ins["_without_loss"] = lambda self: 1.0
+    if issubclass(cls, EstimatesHessian):
+        stand_ins["_without_estimates"] = _estimate_ones
+    if not stand_ins:
         return cls
-    return globals().setdefault(
-        cls.__name__, type(cls.__name__, (cls,), {"_without_loss": lambda self: 1.0, "__module__": __name__})
-    )
+    return globals().setdefault(cls.__name__, type(cls.__name__, (cls,), {**stand_ins, "__module__": __name__}))
+
+
+def _estimate_ones(opt, owners: list) -> None:
+    for tensor_id, p, group in owners:
+        opt.put_estimate(tensor_id, p, group, torch.ones_like(p))
 
 
 def _constant(cls: type) -> Callable[[], type]:

@@ -8,7 +8,7 @@ import math
 import torch
 
 from oracles.elementwise import Transcription, ema
-from oracles.stand_in import stand_in_loss
+from oracles.stand_in import stand_in_hessian, stand_in_loss
 
 
 class NovoGrad(Transcription):
@@ -332,10 +332,28 @@ class SANIA(Joint):
             self.v = [v + g * g for v, g in zip(self.v, grads, strict=True)]
         else:
             self.v = [b * v + (1 - b) * g * g for v, g in zip(self.v, grads, strict=True)]
-        steps = [g / self.metric(v, t) for g, v in zip(grads, self.v, strict=True)]
+        return self.moved(thetas, grads, [g / self.metric(v, t) for g, v in zip(grads, self.v, strict=True)])
+
+    def moved(self, thetas, grads, steps):
         above, product = max(self.sign * stand_in_loss(thetas) - self.lower_bound, 0.0), dot(steps, grads)
         rate = self.lr * (1 - math.sqrt(1 - 2 * above / product) if 2 * above <= product else 1.0)
         return [(1 - rate * self.wd) * theta - rate * d for theta, d in zip(thetas, steps, strict=True)]
+
+
+class OASIS(Transcription):
+    """arXiv 2109.05198 with a fixed rate and momentum; the diagonal is given."""
+
+    betas, truncation = (0.9, 0.999), 0.01
+
+    def update(self, theta, g, t, state):
+        m = ema(state, "m", g, self.betas[0])
+        return theta - self.lr * m / stand_in_hessian(theta).abs().clamp(min=self.truncation)
+
+
+class SANIAHessian(SANIA):
+    def update_all(self, thetas, grads, t):
+        steps = [g / stand_in_hessian(g).abs().clamp(min=self.eps) for g in grads]
+        return self.moved(thetas, grads, steps)
 
 
 class UPGD(UPGDBase, Joint):
