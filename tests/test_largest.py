@@ -184,7 +184,7 @@ def test_gravity_starts_at_random():
     still = fusedopt.Gravity([p], alpha=0.0)
     still.plan()
     assert not still.state[p]["velocity"].any()
-    warm = fusedopt.Gravity([{"params": [p], "lr": 0.0, "initial_lr": 0.05}], alpha=0.02)
+    warm = fusedopt.Gravity([{"params": [p], "lr": 0.0, "base_lr": 0.05}], alpha=0.02)
     warm.plan()
     assert torch.equal(warm.state[p]["velocity"], v)
 
