@@ -6,6 +6,8 @@
 
 namespace fo {
 
+constexpr int kNoiseStream = 0xFD;  // of the noise that a rule takes (stages.h)
+
 struct Random8 { uint32_t word[4]; };  // element e takes word[(e & 7) >> 1], the low half if e is even
 
 struct OneWord {

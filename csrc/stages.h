@@ -16,6 +16,11 @@ template <class Rule, class = void>
 constexpr bool takes_largest = false;
 template <class Rule>
 constexpr bool takes_largest<Rule, std::void_t<decltype(Rule::largest)>> = Rule::largest;
+// Whether its direction takes z ~ N(0, 1) of each element after the parameter: a rule says `static constexpr bool noise = true;`.
+template <class Rule, class = void>
+constexpr bool takes_noise = false;
+template <class Rule>
+constexpr bool takes_noise<Rule, std::void_t<decltype(Rule::noise)>> = Rule::noise;
 template <class Rule>
 inline constexpr bool probes = Rule::trust_on == Trust::update || has_terms<Rule>;
 
@@ -58,8 +63,14 @@ FO_HD float epilogue(float p, float u, const Stage& s) { return p - (s.lr * u + 
 
 // Calls Rule::direction with its states as named references (an array of states stops gcc 12 from vectorising).
 template <class Rule>
-FO_HD float direction(float g, float p, float& a, float& b, float& c, float& d, const typename Rule::Scalars& k) {
-  if constexpr (Rule::state_count == 0) return Rule::direction(g, p, k);
+FO_HD float direction(float g, float p, float z, float& a, float& b, float& c, float& d, const typename Rule::Scalars& k) {
+  if constexpr (takes_noise<Rule>) {
+    if constexpr (Rule::state_count == 0) return Rule::direction(g, p, z, k);
+    else if constexpr (Rule::state_count == 1) return Rule::direction(g, p, z, a, k);
+    else if constexpr (Rule::state_count == 2) return Rule::direction(g, p, z, a, b, k);
+    else if constexpr (Rule::state_count == 3) return Rule::direction(g, p, z, a, b, c, k);
+    else return Rule::direction(g, p, z, a, b, c, d, k);
+  } else if constexpr (Rule::state_count == 0) return Rule::direction(g, p, k);
   else if constexpr (Rule::state_count == 1) return Rule::direction(g, p, a, k);
   else if constexpr (Rule::state_count == 2) return Rule::direction(g, p, a, b, k);
   else if constexpr (Rule::state_count == 3) return Rule::direction(g, p, a, b, c, k);

@@ -40,6 +40,8 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
+from fusedopt.model_building import SMB  # noqa: E402  (it steps by a rule)
+
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...
 
@@ -61,6 +63,7 @@ __all__ = [
     "QGaLore",
     "NonFiniteError",
     "ReleasedGradients",
+    "SMB",
     "SubsetNorm",
     "SubspaceMomentum",
     "ZerothOrder",

@@ -103,6 +103,10 @@ def check_projection(name: str, rule, group: dict) -> None:
         raise ValueError(f"{name}: its trust ratio needs the full update, so it takes no projection. Use AdamW.")
     if rule.has_positions:
         raise ValueError(f"{name}: it steps points beside the parameter, so it takes no projection. Use AdamW.")
+    if rule.reads_estimates:
+        raise ValueError(
+            f"{name}: its diagonal of the Hessian is that of whole matrices, so it takes no projection. Use AdamW."
+        )
     group["projection"].rule_for(rule)
 
 
@@ -113,6 +117,11 @@ def check_positions(name: str, index: int, p: torch.Tensor, rule, projection) ->
         raise RuntimeError(
             f"{describe(name, index, p)} is projected or an int8 weight, and {name} steps {points} beside the parameter. Use a "
             "rule of moments (AdamW), or a floating-point parameter without projection."
+        )
+    if rule.reads_estimates and projection is not None:
+        raise RuntimeError(
+            f"{describe(name, index, p)} is projected or an int8 weight, and {name} estimates the Hessian of whole matrices. Use "
+            "AdamW, or a floating-point parameter without projection."
         )
 
 

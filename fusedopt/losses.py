@@ -10,6 +10,11 @@ import torch
 from fusedopt.optimizer import FusedOptimizer
 
 
+def sign_of(h) -> float:
+    """-1 where a group maximises: what it minimises is then minus the loss."""
+    return -1.0 if h["maximize"] else 1.0
+
+
 class TakesLoss(FusedOptimizer):
     """Base of the classes whose rule reads the loss of the step's gradients.
 
@@ -33,18 +38,41 @@ class TakesLoss(FusedOptimizer):
                 raise ValueError(f"{type(self).__name__}.step: give it a closure or the loss, not both")
             with torch.enable_grad():
                 loss = closure()
-        if loss is None:
-            raise ValueError(
-                f"{type(self).__name__}.step needs the loss: step(closure), or step(loss=loss) after backward()"
-            )
-        value = loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss), dtype=torch.float64)
-        if value.numel() != 1:
-            raise ValueError(
-                f"{type(self).__name__}.step: the loss must be one number, not of shape {tuple(value.shape)}. Use its mean."
-            )
-        self.given = {"loss": value.view(()).double()}
-        super().step()
+        if self.reads_loss():
+            value = self._without_loss() if loss is None else loss
+            if not isinstance(value, torch.Tensor):
+                value = torch.tensor(float(value), dtype=torch.float64)
+            value = value.detach()
+            if value.numel() != 1:
+                raise ValueError(
+                    f"{type(self).__name__}.step: the loss must be one number, not of shape {tuple(value.shape)}. Use its mean."
+                )
+            value = value.reshape(()).double()
+            self.check_loss(value)
+            self.given = {"loss": value}
+        try:
+            super().step()
+        finally:
+            self.given = {}
         return loss
 
     # As in FusedOptimizer: schedulers must not wrap the step, which notes that it was called.
     step._wrapped_by_lr_sched = True
+
+    def reads_loss(self) -> bool:
+        """Whether the rule of any group does."""
+        measures = [self.rule_for(group).measures for group in self.param_groups]
+        return any(m is not None and m.given for m in measures)
+
+    def check_loss(self, loss: torch.Tensor) -> None:
+        """Raises ValueError for a loss that the rule cannot step with, where that can be seen without waiting for a device."""
+
+    def _without_loss(self) -> float:
+        """What stands for a loss that is missing: a number where no weight moves, as in the step by which
+        torch.distributed.checkpoint makes states."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self.state and self._moves_nothing(params, self._gradients(params)):
+            return 0.0
+        raise ValueError(
+            f"{type(self).__name__}.step needs the loss: step(closure), or step(loss=loss) after backward()"
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedopt import checkpoint, compiled, distributed, masters
+from fusedopt import checkpoint, compiled, distributed, masters, starts
 from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.checks import check_formats, check_projection
@@ -63,7 +63,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
     needs_shapes = False  # whether the rule looks at a tensor's dimensions, beside trust ratios and projections
     torch_counts_steps = True  # whether the torch.optim class of the rule keeps a step in its state
     splits_models = False  # whether it takes a module and groups its parameters by itself
-    given: dict[str, torch.Tensor] = {}  # numbers that the rule is handed with a step (Measures.given)
+    given: dict[str, torch.Tensor] = {}  # numbers that the rule is handed with this step (Measures.given)
 
     def __init__(
         self,
@@ -264,9 +264,13 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         """Whether a parameter's step count lives on its device (CUDA graphs; skipped steps without a host round trip)."""
         return bool(group["capturable"] or self.amp_fused and p.device.type != "cpu")
 
-    def init_state(self, p: torch.Tensor, group: dict, rule: Rule) -> dict:
-        """The state dict of a parameter, with what the rule needs and it does not have yet."""
+    def init_state(self, p: torch.Tensor, group: dict, rule: Rule, tensor_id: int | None = None) -> dict:
+        """The state dict of a parameter, with what the rule needs and it does not have yet. tensor_id: its number among the
+        optimizer's parameters, where it is a copy of one."""
         entry = self.state[p]
+        if tensor_id is None and any(state.spread is not None for state in rule.states):
+            tensor_id = next(i for i, q in enumerate(q for g in self.param_groups for q in g["params"]) if q is p)
+        owner = p
         if "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
         for name, value in rule.memory.items():
@@ -281,11 +285,11 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
             likes = [p] * len(likes)
         for state, form, like in zip(rule.states, formats, likes, strict=True):
             if state.name not in entry:
-                st.allocate(like, entry, state, form)
-                if state.initial is not None and (value := state.initial(group)):
-                    st.store(like, entry, state, form, torch.full((), value, dtype=torch.float64, device=like.device))
-                if state.position is not None:
-                    st.store(like, entry, state, form, masters.weights(p, entry) * state.position(group))
+                values = starts.begun(owner, like, entry, state, group, tensor_id, rule.states.index(state))
+                if values is None:
+                    st.allocate(like, entry, state, form)
+                else:
+                    st.store(like, entry, state, form, values)
         if projection is not None:
             for name, (shape, dtype) in projection.tensors(p).items():
                 if name not in entry:

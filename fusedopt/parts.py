@@ -150,10 +150,10 @@ class Parts:
         with torch.no_grad():
             if tensor_id in self._round:  # a second time: a step is over
                 self.end_round()
-            self._round.add(tensor_id)
             opt._take_turns(tensor_id)
             grads = widened(opt, [p], [g], None) if opt.gradient_transforms else [g]
             opt._run(self.plan((tensor_id,), grads), grads, part=True)
+            self._round.add(tensor_id)  # a refused one has no part in it
 
     def end_round(self) -> None:
         """Ends a step of step_parameter's."""
@@ -181,7 +181,9 @@ class Parts:
                 f"{what}: projected_linear steps at step() only. Call its handle's remove() before step_parameter."
             )
         if needs_all_gradients(opt):
-            raise RuntimeError(f"{what}: {type(opt).__name__} sums over all gradients before it steps. Call step().")
+            raise RuntimeError(
+                f"{what}: {type(opt).__name__} needs all gradients, or the loss, before it steps. Call step()."
+            )
         if opt.amp_fused:
             raise RuntimeError(
                 f"{what}: with amp_fused=True overflow is known only after the backward pass. Use bf16 autocast, which needs no "

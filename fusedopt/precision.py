@@ -15,10 +15,12 @@ SC 2011) with key = seed and counter = (element // 8, tensor id, step): independ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+NOISE_STREAM = 0xFD  # of the noise that a rule takes: no parameter or state draws from it
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -161,6 +163,19 @@ def philox16(seed: int, step, tensor_id: int, numel: int, device="cpu", stream: 
     octet = torch.arange(first // 8, first // 8 + (numel + 7) // 8, dtype=torch.int64, device=device)
     words = torch.stack(philox_words(seed, step, tensor_id, octet, stream), 1)
     return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:numel]
+
+
+def gaussian16(seed: int, step, tensor_id: int, numel: int, device="cpu", first: int = 0) -> torch.Tensor:
+    """fp64 [numel]: the noise N(0, 1) of each element for a rule that takes it (csrc/gauss.h). first: a multiple of 8."""
+    drawn = (
+        philox16(seed, step, tensor_id, numel + numel % 2, device, NOISE_STREAM, first)
+        .double()
+        .add_(0.5)
+        .mul_(2.0**-16)
+    )
+    even, odd = drawn.view(-1, 2).unbind(1)
+    r, turn = (-2 * torch.log(even + 2.0**-24)).sqrt_(), odd * (2 * math.pi)
+    return torch.stack([r * turn.cos(), r * turn.sin()], 1).view(-1)[:numel]
 
 
 def round_stochastic(x: torch.Tensor, dtype: torch.dtype, random16: torch.Tensor) -> torch.Tensor:

@@ -425,7 +425,7 @@ def release_gradients(
         )
     if needs_all_gradients(opt):
         raise ValueError(
-            f"release_gradients: {name} sums over all gradients before it steps the first parameter. Step in opt.step(), or use "
+            f"release_gradients: {name} needs all gradients, or the loss, before it steps the first parameter. Use opt.step(), or "
             "a rule that looks at one tensor at a time."
         )
     if opt._low_rank is not None:

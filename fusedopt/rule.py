@@ -19,7 +19,9 @@ class State:
 
     signed: the 8-bit map it takes: True for first moments, False for second moments (never negative).
     initial(h): what every element is at the start, from the group's hyperparameters; zero where there is none.
+    spread(h): the standard deviation of the normal numbers that it starts as, which the group's seed determines.
     position(h): the share of the parameter that the state starts as. It is then a point beside the parameter, and stays wide.
+    estimate: written between steps by the class (fusedopt.curvature); the rule reads it and returns it as it is. Stays wide.
     wide: kept in fp32 under every state_format: a sum or a point, whose increments a narrow format would round away.
     """
 
@@ -27,10 +29,12 @@ class State:
     signed: bool = True
     initial: Callable[[Mapping[str, Any]], float] | None = None
     position: Callable[[Mapping[str, Any]], float] | None = None
+    spread: Callable[[Mapping[str, Any]], float] | None = None
+    estimate: bool = False
     wide: bool = False
 
     def __post_init__(self):
-        if self.position is not None:
+        if self.position is not None or self.estimate:
             object.__setattr__(self, "wide", True)
 
 
@@ -85,6 +89,7 @@ class Rule:
     step_size(h, step): what multiplies u; the learning rate where there is none. decay(h, step): the share of the parameter
         that decoupled decay takes; lr * weight_decay where there is none. Both under the conditions of `scalars`.
     derived: numbers that the torch.optim class of the rule keeps in its state and that follow from h and the step count here.
+    noise: its bodies (but not `terms`) take z ~ N(0, 1) of each element after p, drawn at each step from the seed.
     measures: numbers of whole tensors beside the trust ratio.
     heavy: kinds of states, "plain" (fp32) or "coded" (blockwise), with which the Triton step spills under the registers that its
         number of states allows (kernels/driver.py); it then gets more.
@@ -105,6 +110,7 @@ class Rule:
     derived: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = field(default_factory=dict)
     measures: Measures | None = None
     heavy: tuple[str, ...] = ()
+    noise: bool = False
     internal: bool = False
 
     @property
@@ -140,6 +146,11 @@ class Rule:
     def has_positions(self) -> bool:
         """Whether it steps points beside the parameter. Its direction then reads the parameter, which a projection lacks."""
         return any(state.position is not None for state in self.states)
+
+    @property
+    def reads_estimates(self) -> bool:
+        """Whether it reads a state that is written for the whole parameter between steps, which a projection lacks."""
+        return any(state.estimate for state in self.states)
 
     def named_scalars(self, h: Mapping[str, Any], step) -> dict[str, Any]:
         return dict(zip(self.scalar_names, self.scalars(h, step), strict=True))

@@ -75,6 +75,18 @@ HYPER = {
     "pnm": 0.9,
     "amsgrad": True,
     "softplus": 50.0,
+    "beta_utility": 0.9,
+    "protecting": True,
+    "shift": 1.0,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "lower_bound": 0.0,
+    "scale": 0.5,
+    "max_rate": 1.0,
+    "preconditioner": "adam",
+    "beta2": 0.99,
+    "sqrt": True,
+    "truncation": 0.05,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {
@@ -119,6 +131,7 @@ class Problem:
 
 OWN = {
     "ademamix": {"betas": (0.9, 0.99, 0.999), "alpha": 5.0},
+    "sania_hessian": {"eps": 0.05},  # its quotients too are as large as it lets them
     "fadam": {"clip": 0.01},  # it divides quotients by their rms, which in these problems is 100 and more
 }  # where the names above mean something else
 

@@ -2,14 +2,12 @@
 
 import itertools
 
-import lion_pytorch
 import pytest
-import pytorch_optimizer
 import torch
-from oracles import composed, elementwise, reductions
-from oracles.adafactor import Adafactor as TensorAdafactor
+from oracles import composed, elementwise, informed, reductions
 from oracles.lamb import LAMB
 from oracles.lars import LARS
+from oracles.packages import AdaHessian, NAdam, adafactor, either, gravity, lion, package
 
 STEPS = 14
 SHAPES = ((7, 5), (5,), (3, 4, 2, 2), ())
@@ -46,33 +44,7 @@ LAMB_CASES = [
 ]  # fmt: skip
 
 
-def lion(params, **options):
-    return lion_pytorch.Lion(params, **options)
-
-
-def either(plain, cautious):
-    """The oracle of a class whose updates may be masked."""
-
-    def make(params, **options):
-        return (cautious if options.get("cautious") else plain)(params, **options)
-
-    return make
-
-
 CAUTIOUS = {"cautious": [True, "mean", "count"], "weight_decay": [0.0, 0.1], "maximize": [False, True]}
-
-
-class adafactor:
-    """The transcription of one tensor, over several."""
-
-    def __init__(self, params, beta1=None, maximize=False, **options):
-        self.params, self.sign = params, -1 if maximize else 1
-        self.each = [TensorAdafactor(momentum=beta1, **options) for _ in params]
-
-    @torch.no_grad()
-    def step(self):
-        for p, one in zip(self.params, self.each, strict=True):
-            one.step(p, self.sign * p.grad)
 
 
 ADAFACTOR_CASES = combine(
@@ -82,32 +54,6 @@ ADAFACTOR_CASES = combine(
 
 BETAS = [(0.9, 0.99), (0.6, 0.7)]
 DECAYS = {"weight_decay": [0.0, 0.1], "decoupled_weight_decay": [False, True]}
-
-
-def package(name: str, **fixed):
-    """A class of pytorch_optimizer with options under our names."""
-
-    def make(params, maximize=False, decoupled_weight_decay=True, amsgrad=False, **options):
-        names = {"beta3": None, "amsgrad": "ams_bound"}
-        if "beta3" in options:
-            options["betas"] = (*options["betas"], options.pop("beta3"))
-        if amsgrad:
-            options[names["amsgrad"]] = True
-        extra = {"weight_decouple": decoupled_weight_decay, "maximize": maximize, "foreach": False, **fixed}
-        return getattr(pytorch_optimizer, name)(params, **options, **extra)
-
-    return make
-
-
-class NAdam(torch.optim.NAdam):
-    """torch keeps the product of mu in the default dtype."""
-
-    def step(self):
-        torch.set_default_dtype(torch.float64)
-        try:
-            super().step()
-        finally:
-            torch.set_default_dtype(torch.float32)
 
 
 ADAPTIVE = {"lr": [0.02], "betas": BETAS}
@@ -323,7 +269,9 @@ ORACLES = {
         combine(
             lr=[0.1], momentum=[0.9, 0.5], xi=[0.1, 1e-3], beta=[0.8, 0.3], weight_decay=[0.0, 0.1], rms=[False, True]
         )
-        + [{"lr": 0.1, "rms": True, "alpha": 0.7, "eps": 1e-2, "maximize": True}],
+        + [{"lr": 0.1, "rms": True, "alpha": 0.7, "eps": 1e-2, "maximize": True}]
+        + combine(lr=[0.1], momentum=[0.9, 0.5], xi=[0.1, 1e-3], beta=[0.8], weight_decay=[0.0, 0.1], log=[True])
+        + [{"lr": 0.1, "log": True, "maximize": True}],
     ),
     "swats": (
         reductions.SWATS,
@@ -387,6 +335,16 @@ ORACLES = {
             maximize=[False, True],
         ),
     ),
+    "adahessian": (
+        AdaHessian,
+        combine(
+            **ADAPTIVE,
+            eps=[1e-4, 1e-2],
+            spatial_averaging=[False, True],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
     "ranger21": (
         composed.Ranger21,
         combine(lr=[0.02], betas=BETAS, weight_decay=[0.0, 0.1], norm_loss=[1e-4, 0.1], maximize=[False, True])
@@ -407,6 +365,74 @@ ORACLES = {
                 {"lookahead": 2, "lookahead_alpha": 0.8},
             )
         ],
+    ),
+    "oasis": (
+        informed.OASIS,
+        combine(**ADAPTIVE, truncation=[0.01, 0.7], weight_decay=[0.0, 0.1], maximize=[False, True]),
+    ),
+    "sania_hessian": (
+        informed.SANIAHessian,
+        combine(lr=[1.0, 0.5], eps=[0.1, 2.0], lower_bound=[0.0, 0.3], weight_decay=[0.0, 0.1])
+        + [{"lr": 1.0, "maximize": True, "lower_bound": -10.0}],
+    ),
+    "aegd": (
+        informed.AEGD,
+        combine(
+            lr=[0.1, 0.01],
+            shift=[1.0, 20.0],
+            momentum=[0.0, 0.9],
+            weight_decay=[0.0, 0.1],
+            decoupled_weight_decay=[False, True],
+        )
+        + [
+            {"lr": 0.1, "shift": 50.0, "decoupled_weight_decay": False, "maximize": True, "momentum": m}
+            for m in (0.0, 0.5)
+        ],
+    ),
+    "sps": (
+        informed.SPS,
+        combine(lr=[1.0, 0.5], scale=[0.5, 0.2], max_rate=[1.0, 1e-4], lower_bound=[0.0, 0.1], weight_decay=[0.0, 0.1])
+        + [{"lr": 1.0, "maximize": True, "lower_bound": -10.0}],
+    ),
+    "sania": (
+        informed.SANIA,
+        combine(
+            lr=[1.0, 0.5],
+            preconditioner=["adam", "adagrad"],
+            eps=[0.1, 2.0],
+            sqrt=[False, True],
+            beta2=[0.99],
+            lower_bound=[0.0, 0.3],
+            weight_decay=[0.0, 0.1],
+        )
+        + [{"lr": 1.0, "maximize": True, "lower_bound": -10.0}],
+    ),
+    "gravity": (
+        gravity,
+        combine(lr=[0.1, 0.02], beta=[0.9, 0.5], alpha=[0.0], maximize=[False, True])
+        + [{"lr": 0.1, "alpha": 0.0, "weight_decay": 0.1}],
+    ),
+    "upgd": (
+        informed.UPGD,
+        combine(
+            lr=[0.05],
+            beta_utility=[0.9, 0.0],
+            sigma=[0.0],
+            protecting=[True, False],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
+    "adaptive_upgd": (
+        informed.AdaptiveUPGD,
+        combine(
+            **ADAPTIVE,
+            eps=[1e-5],
+            beta_utility=[0.9, 0.0],
+            sigma=[0.0],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
     ),
     "adamomentum": (elementwise.AdaMomentum, combine(**ADAPTIVE, eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1])),
 }

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from configs import each_backend, parameters
-from oracle_cases import ORACLES, package, relative_error
+from oracle_cases import ORACLES, relative_error
+from oracles.packages import package
 
 import fusedopt
 from fusedopt.rule import optimizers

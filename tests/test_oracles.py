@@ -290,7 +290,7 @@ def test_reference_keeps_its_arguments(rule):
     """A reference body returns new tensors; drivers that probe (LAMB) call it twice with the same states."""
     declared = get_rule(rule)
     h = hyper(rule)
-    args = [torch.rand(9) + 0.5 for _ in range(2 + len(declared.states))]
+    args = [torch.rand(9) + 0.5 for _ in range(2 + declared.noise + len(declared.states))]
     before = [a.clone() for a in args]
     declared.reference(*args, **declared.named_scalars(h, 3))
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))

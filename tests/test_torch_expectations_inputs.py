@@ -30,6 +30,11 @@ OWN_RATES = {
     "dadapt_sgd": {"lr": 0.1, "d0": 0.1},  # 1e-6 at a rate of 1e-3 moves no fp32 weight in 20 steps
     "dadapt_adagrad": {"lr": 0.1, "d0": 0.1},
     "induced_metric": {"xi": 1e-3},  # maximised, larger gradients give smaller steps, below weight decay
+    "sps": {"lower_bound": -10.0, "max_rate": 0.01},  # maximised, minus the loss stands for it
+    "adahessian": {"lr": 0.01},  # the diagonal of these tests is not that of the parabola
+    "sania_hessian": {"lower_bound": -10.0, "lr": 0.01},
+    "sania": {"lower_bound": -10.0},
+    "gravity": {"alpha": 0.0},  # a random start outlasts the 20 steps
     "adamod": {"beta3": 0.9},  # step sizes begin at 0, below weight decay
 }
 OWN_WORDS = {

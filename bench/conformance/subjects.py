@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 import fusedopt
+from fusedopt.curvature import EstimatesHessian
+from fusedopt.losses import TakesLoss
 from fusedopt.rule import optimizers
 
 LR, DECAY = 1e-2, 0.1
@@ -24,7 +26,6 @@ class Subject:
     a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others. momentum: there is one for
     OneCycleLR to cycle. still: a learning rate near zero leaves weights where they are. to_torch: arguments of state_dict
     for a dict that torch.optim takes. eager: without torch.compile, which would take minutes here.
-    alone: a group at a learning rate near zero does not matter to others (a norm of all gradients would).
     """
 
     name: str
@@ -41,7 +42,6 @@ class Subject:
     still: bool = True
     to_torch: dict = field(default_factory=dict)
     eager: bool = False
-    alone: bool = True
     lr: float = LR
 
     def groups(self, params):
@@ -121,12 +121,21 @@ OURS = {
     "induced_metric": {"lr": 0.1, "elementwise": False, "joint": True},
     "prodigy": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
     "dadapt_adam": {"lr": 1.0, "options": {"d0": 1e-3}, "elementwise": False, "joint": True},
-    "dadapt_sgd": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True, "alone": False},
+    "dadapt_sgd": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True},
     "dadapt_adagrad": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True},
     "adamp": {"adam": True, "elementwise": False},
     "sgdp": {"options": {"momentum": 0.9}, "elementwise": False},
     "ranger21": {"adam": True, "elementwise": False, "joint": True},
     "adog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
+    "gravity": {"lr": 0.1, "options": {"alpha": 0.0}, "elementwise": False, "momentum": False},
+    "adahessian": {"adam": True},
+    "oasis": {},
+    "sania_hessian": {"lr": 0.1, "elementwise": False, "joint": True, "momentum": False},
+    "aegd": {"lr": 0.1, "elementwise": False, "momentum": False},
+    "sps": {"lr": 1.0, "options": {"max_rate": 0.1}, "elementwise": False, "joint": True, "momentum": False},
+    "sania": {"lr": 1.0, "elementwise": False, "joint": True, "momentum": False},
+    "upgd": {"options": {"sigma": 0.0}, "elementwise": False, "joint": True, "momentum": False},
+    "adaptive_upgd": {"options": {"sigma": 0.0}, "elementwise": False, "joint": True},
     "swats": {"adam": True, "elementwise": False, "joint": True},
     "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},
@@ -134,9 +143,11 @@ OURS = {
 
 
 def ours() -> list[Subject]:
-    """Every class of the registry, and AdamW in 8 bits with stochastic rounding and with a projection."""
+    """Every class of the registry, and AdamW in 8 bits with stochastic rounding and with a projection. Classes that read the
+    loss or the Hessian get what stands for it."""
     found = []
     for name, cls in optimizers().items():
+        cls = _with_stand_ins(cls)
         facts = {"to_torch": {"format": "torch"}, **OURS.get(name, {})}
         found.append(Subject(cls.__name__, "fusedopt", _constant(cls), **facts))
     adamw = {**OURS["adamw"], "to_torch": {"format": "torch"}}
@@ -147,6 +158,23 @@ def ours() -> list[Subject]:
         Subject("AdamW, GaLore", "fusedopt", _constant(fusedopt.AdamW), matrices=galore, adam=True, elementwise=False)
     )
     return found
+
+
+def _with_stand_ins(cls: type) -> type:
+    """A class with a loss and a Hessian of its own where its rule reads one, importable from here as pickle wants it."""
+    stand_ins = {}
+    if issubclass(cls, TakesLoss):
+        stand_ins["_without_loss"] = lambda self: 1.0
+    if issubclass(cls, EstimatesHessian):
+        stand_ins["_without_estimates"] = _estimate_ones
+    if not stand_ins:
+        return cls
+    return globals().setdefault(cls.__name__, type(cls.__name__, (cls,), {**stand_ins, "__module__": __name__}))
+
+
+def _estimate_ones(opt, owners: list) -> None:
+    for tensor_id, p, group in owners:
+        opt.put_estimate(tensor_id, p, group, torch.ones_like(p))
 
 
 def _constant(cls: type) -> Callable[[], type]:

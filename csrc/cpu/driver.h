@@ -22,7 +22,7 @@ static FO_HD void store(uint16_t* to, float x) { *to = float_to_bf16(x); }
 // Unused states are null.
 template <class Rule, bool Store, class G, class P, class S>
 static __attribute__((noinline)) void update(int64_t n, const G* __restrict g, P* __restrict p, S* __restrict state0,
-                                             S* __restrict state1, S* __restrict state2, S* __restrict state3,
+                                             S* __restrict state1, S* __restrict state2, S* __restrict state3, const float* __restrict noise,
                                              float* __restrict u, const Stage s, const typename Rule::Scalars scalars) {
   constexpr int states = Rule::state_count;
   for (int64_t i = 0; i < n; ++i) {
@@ -31,7 +31,9 @@ static __attribute__((noinline)) void update(int64_t n, const G* __restrict g, P
     if constexpr (states > 1) b = load(state1[i]);
     if constexpr (states > 2) c = load(state2[i]);
     if constexpr (states > 3) d = load(state3[i]);
-    float direct = direction<Rule>(prologue(load(g[i]), x, s), x, a, b, c, d, scalars);
+    float z = 0.f;
+    if constexpr (takes_noise<Rule>) z = noise[i];
+    float direct = direction<Rule>(prologue(load(g[i]), x, s), x, z, a, b, c, d, scalars);
     if constexpr (Store) {
       if constexpr (states > 0) store(state0 + i, a);
       if constexpr (states > 1) store(state1 + i, b);
@@ -80,7 +82,7 @@ struct InPlace {
   void run() const {
     S* s[kMaxStates] = {};
     for (int i = 0; i < Rule::state_count; ++i) s[i] = at<S>(kState + i);
-    update<Rule, true>(n, at<const G>(kGrad), at<P>(kParam), s[0], s[1], s[2], s[3], nullptr, stage, scalars);
+    update<Rule, true>(n, at<const G>(kGrad), at<P>(kParam), s[0], s[1], s[2], s[3], nullptr, nullptr, stage, scalars);
   }
 
   template <class G, class P>
@@ -127,14 +129,15 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
   const Stage stage = make_stage<Rule>(launch, launch.phase, head, scalars, tensor);
 
   int64_t blocked = 0;
-  if constexpr (Store) {
+  constexpr bool kNoise = takes_noise<Rule> && !(!Store && has_terms<Rule>);
+  if constexpr (Store && !kNoise) {  // noise is drawn by the tile
     if (launch.phase != kDirection && InPlace<Rule>{launch, row, start, n, stage, scalars}()) return;
     blocked = step_blocks<Rule>(launch, row, head, start, n, [&](int64_t count, float* gt, float* pt, float** s) {
-      update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, stage, scalars);
+      update<Rule, true>(count, gt, pt, s[0], s[1], s[2], s[3], nullptr, nullptr, stage, scalars);
     });
   }
   constexpr bool kTerms = !Store && has_terms<Rule>;
-  alignas(64) float buffer[3 + Rule::state_count + kTerms][kTile];
+  alignas(64) float buffer[3 + Rule::state_count + kTerms + kNoise][kTile];
   std::conditional_t<kTerms && takes_largest<Rule>, Largest, SquareSum> param_sum, update_sum;
   for (int64_t done = blocked; done < n; done += kTile) {
     const int64_t offset = start + done;
@@ -149,7 +152,9 @@ static void step_chunk(const Launch& launch, int64_t chunk) {
       param_sum.add_terms(buffer[2], count);
       update_sum.add_terms(second, count);
     } else {
-      update<Rule, Store>(count, gt, pt, s[0], s[1], s[2], s[3], buffer[2], stage, scalars);
+      float* noise = nullptr;
+      if constexpr (kNoise) draw_noise(row, head, offset, count, noise = buffer[3 + Rule::state_count]);
+      update<Rule, Store>(count, gt, pt, s[0], s[1], s[2], s[3], noise, buffer[2], stage, scalars);
     }
     if constexpr (Store) {
       for (int i = 0; i < Rule::state_count; ++i) store_state(launch, row, head, i, offset, count, s[i]);

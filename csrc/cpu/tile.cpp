@@ -2,6 +2,7 @@
 // Loops vectorised by the compiler.
 #include "tile.h"
 
+#include "../gauss.h"
 #include "../precision.h"
 #include "codec.h"
 #include "random.h"
@@ -172,6 +173,16 @@ void store_state(const Launch& launch, const Row& row, const Head& head, int i, 
   uint16_t random[kTile];
   random_bits(head, uint32_t(row.tensor()), 1 + i, 8 * row[kFirstOctet] + offset, n, random);
   store_bf16_stochastic(values, random, n, out);
+}
+
+void draw_noise(const Row& row, const Head& head, int64_t offset, int n, float* out) {
+  alignas(64) uint16_t random[kTile];
+  random_bits(head, uint32_t(row.tensor()), kNoiseStream, 8 * row[kFirstOctet] + offset, n, random);
+  for (int i = 0; i < (n + 1) / 2; ++i) {
+    const Pair pair = normal_pair(random[2 * i], random[2 * i + 1]);
+    out[2 * i] = pair.first;
+    out[2 * i + 1] = pair.second;
+  }
 }
 
 // Calls body(first, count) for tiles of a tensor. A share of 16 tiles keeps the prefetchers' streams long.

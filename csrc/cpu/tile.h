@@ -16,6 +16,9 @@ float* load_param(const Launch& launch, const Row& row, int64_t offset, int n, f
 // State i, whose tiles start at a block.
 float* load_state(const Launch& launch, const Row& row, int i, int64_t offset, int n, float* buffer);
 
+// The noise of a rule that takes it, for n elements from a multiple of 256 on. `out` has room for a multiple of 256.
+void draw_noise(const Row& row, const Head& head, int64_t offset, int n, float* out);
+
 // Stores what was loaded that way; fp32 streams are up to date already.
 void store_param(const Launch& launch, const Row& row, const Head& head, int64_t offset, int n, const float* values);
 void store_state(const Launch& launch, const Row& row, const Head& head, int i, int64_t offset, int n, const float* values);

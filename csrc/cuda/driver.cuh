@@ -8,6 +8,7 @@
 // are a tenth of what its bytes leave time for, and with bf16 and int8 the switch is a few branches in about 600 instructions. A companion
 // gets none either: it needs no more registers once no word of an octet is left undefined (access.cuh).
 #pragma once
+#include "../gauss.h"
 #include "codec.cuh"
 #include "reduce.cuh"
 #include "weight.cuh"
@@ -115,6 +116,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 #pragma unroll
     for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], mode.format(i), scale[i], tables);
 
+    const auto random = [&](int stream) { return philox8(numbers.head, numbers.tensor, stream_octet(numbers.octet + at / kOctet, stream)); };
+    float z[kOctet] = {};
+    if constexpr (takes_noise<Rule> && !(Probe && has_terms<Rule>)) {
+      const Random8 drawn = random(kNoiseStream);
+#pragma unroll
+      for (int i = 0; i < kOctet; i += 2) {
+        const Pair pair = normal_pair(uniform16(drawn, i), uniform16(drawn, i + 1));
+        z[i] = pair.first, z[i + 1] = pair.second;
+      }
+    }
     constexpr bool kLargest = takes_largest<Rule>;
     Pair square = {nothing<kLargest, float>(), nothing<kLargest, float>()};
 #pragma unroll
@@ -124,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
         if (full || i < live) square = join<kLargest>(square, t);
         continue;
       }
-      const float u = direction<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
+      const float u = direction<Rule>(prologue(g[i], p[i], numbers.stage), p[i], z[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
       if (!Probe) {
         p[i] = epilogue(p[i], u, numbers.stage);
       } else if (full || i < live) {
@@ -141,7 +152,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
       continue;
     }
 
-    const auto random = [&](int stream) { return philox8(numbers.head, numbers.tensor, stream_octet(numbers.octet + at / kOctet, stream)); };
     Octet out, kept = {};
     out = store_weight(p, mode.param_dtype(), mode.precision(), random, kept);
     if (full) store_octet(param, at, out);

@@ -16,6 +16,18 @@ struct InducedMetric : Elementwise {
   }
 };
 
+// The factor follows from the loss too.
+struct InducedMetricLog : Elementwise {
+  FO_NAME("induced_metric_log")
+  FO_STATES(exp_avg)
+  FO_SCALARS(momentum, weight, debias, xi, beta, slope_debias, sign)
+
+  static FO_HD float direction(float g, float, float& exp_avg, const Scalars& c) {
+    exp_avg = c.momentum * exp_avg + c.weight * g;
+    return exp_avg * c.debias;
+  }
+};
+
 struct InducedMetricRms : Elementwise {
   FO_NAME("induced_metric_rms")
   FO_STATES(exp_avg, exp_avg_sq)
@@ -36,4 +48,5 @@ struct InducedMetricRms : Elementwise {
 }  // namespace fo
 
 FO_RULE(InducedMetric)
+FO_RULE(InducedMetricLog)
 FO_RULE(InducedMetricRms)

@@ -12,7 +12,7 @@ from fusedopt.backends.base import BucketKey, Item, MatrixKernels, MatrixWork, W
 from fusedopt.backends.reference_matrix import apply_matrix
 from fusedopt.formats import Format
 from fusedopt.memory import flat
-from fusedopt.precision import philox16
+from fusedopt.precision import gaussian16, philox16
 
 
 def _as(value, like: torch.Tensor):
@@ -99,7 +99,11 @@ class ReferenceBackend(MatrixKernels):
             join = torch.amax if rule.takes_largest else torch.sum
             work.sums[item.tensor_id] = torch.stack([join(x) for x in rule.measures.terms(g, p, *states, **named)])
             return
-        u, *states = rule.reference(g, p, *states, **named)
+        noise = ()
+        if rule.noise:
+            first = 8 * item.first_octet
+            noise = (gaussian16(row.seed, row.step, item.tensor_id, n, p.device, first).to(dtype),)
+        u, *states = rule.reference(g, p, *noise, *states, **named)
 
         if work.phase == Phase.PROBE:
             work.sums[item.tensor_id] = torch.stack([p.square().sum(), u.square().sum()])

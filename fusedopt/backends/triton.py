@@ -41,7 +41,7 @@ def _raised(name: str) -> tuple[bool, ...]:
     rule = get_rule(name)
     zero = torch.zeros(1, dtype=torch.float64)
     scalars = {scalar: 0.3 + 0.05 * i for i, scalar in enumerate(rule.scalar_names)}
-    _, *states = rule.reference(zero, zero, *[zero] * len(rule.states), **scalars)
+    _, *states = rule.reference(zero, zero, *[zero] * (rule.noise + len(rule.states)), **scalars)
     return tuple(bool((state != 0).any()) for state in states)
 
 
@@ -60,6 +60,7 @@ def constants(rule: Rule, formats, param_dtype, grad_dtype, precision: str, phas
         "DIRECTION": None if norm else rule.direction,
         "TERMS": None if terms is None else terms.terms_triton,
         "LARGEST": terms is not None and terms.largest,
+        "NOISE": rule.noise and phase not in (Phase.NORM, Phase.PROBE),
         "TRUST": None if norm else rule.trust_triton,
         "TRUST_ON": 0 if norm else _TRUST[rule.trust_on],
         **{f"F{i}": code for i, code in enumerate(codes)},

@@ -11,6 +11,8 @@ import torch
 from fusedopt import states as st
 from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey
+from fusedopt.cli.feeding import give_curvature
+from fusedopt.cli.feeding import step as take_step
 from fusedopt.formats import list_formats
 from fusedopt.masters import stored_precision, weights
 from fusedopt.memory import flat
@@ -123,6 +125,7 @@ def _compare(case: Case, opt, rule, params: list[torch.nn.Parameter]) -> float:
         for p in each:
             p.grad = torch.zeros_like(p)
         o.plan()  # makes the states, whose first values a format may round
+        give_curvature(o)
     worst = 0.0
     for step in range(STEPS):
         grads = _random(params[0].dtype, params[0].device, seed=step + 1)
@@ -135,7 +138,7 @@ def _compare(case: Case, opt, rule, params: list[torch.nn.Parameter]) -> float:
                     oracle.state[q][state.name].copy_(st.decode(p, opt.state[p], state))
         before = [q.detach().clone() for q in exact]
         for o in (opt, *(oracle for oracle, _ in oracles)):
-            o.step()
+            take_step(o)
         states = [oracle.state for oracle, _ in oracles]
         for p, q, n, old in zip(params, exact, nudged, before, strict=True):
             # LARS takes the norm of the parameter as it is stored, half a bf16 ulp from the weights the oracle has.

@@ -100,7 +100,10 @@ def reductions(cls: type) -> str:
     rule = cls.rule_for(opt.param_groups[0])
     sums = {"row": "sums over rows", "tensor": "sums of a tensor", "group": "sums of a group"}
     norms = {"gradient": "norms of gradient and parameter", "update": "norms of update and parameter"}
-    found = [] if rule.measures is None else [sums.get(rule.measures.scope, "sums of all tensors")]
+    found = []
+    if rule.takes_norms or rule.probes:
+        found = [sums.get(rule.measures.scope, "sums of all tensors")] if rule.measures is not None else []
+    found += ["the loss"] if rule.measures is not None and rule.measures.given else []
     found += [norms[rule.trust_on]] if rule.trust_on else []
     found += [sums.get(t.scope, "sums of all tensors") for t in opt.gradient_transforms if t.scope != "element"]
     return ", ".join(dict.fromkeys(found)) or "none"

@@ -8,12 +8,15 @@ import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 import fusedopt
 from fusedopt.cli import UsageError
 from fusedopt.cli.corpus import Corpus
+from fusedopt.cli.feeding import backward
+from fusedopt.cli.feeding import step as take_step
 from fusedopt.cli.gpt import GPT
 from fusedopt.cli.progress import progress
 from fusedopt.factory import embedding_ids, leave_out, parse_name, projection_of
@@ -195,11 +198,11 @@ def train(name: str, setup: Setup) -> Run:
             begin = time.perf_counter()
             for group, peak in zip(opt.param_groups, peaks, strict=True):
                 group["lr"] = peak * schedule(step, setup.steps)
-            loss = model.loss(windows.to(setup.device))
-            loss.backward()
+            windows = windows.to(setup.device)
+            loss = backward(opt, partial(model.loss, windows))
             wait()
             before = time.perf_counter()
-            opt.step()
+            take_step(opt, loss)
             wait()
             step_times.append(time.perf_counter() - before)
             opt.zero_grad()

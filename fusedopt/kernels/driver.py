@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fusedopt.kernels.access import load_stream, row_pointer
 from fusedopt.kernels.bits import widen
+from fusedopt.kernels.normal import noise16
 from fusedopt.kernels.precision import companion_pointer, load_param, store_param
 from fusedopt.kernels.reductions import finish_norm, largest, last_of, launch_total, row_largest, row_sums
 from fusedopt.kernels.states import BF16_STOCHASTIC, INT4, INT8, load_state, state_pointer, store_state
@@ -51,7 +52,7 @@ def launch_options(fixed: dict, nvidia: bool, heavy: tuple[str, ...] = ()) -> di
 def step_tile(
     p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
     mul, l2, q, lr, decay, seed, step, tensor, first_octet,
-    DIRECTION: tl.constexpr, TERMS: tl.constexpr, LARGEST: tl.constexpr,
+    DIRECTION: tl.constexpr, TERMS: tl.constexpr, LARGEST: tl.constexpr, NOISE: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -89,6 +90,18 @@ def step_tile(
             a, b = TERMS(g, p, s0, c)
         else:
             a, b = TERMS(g, p, c)
+    elif NOISE:
+        z = noise16(seed, step, tensor, first_octet, tile, TILE_ROWS)
+        if F3 >= 0:
+            u, s0, s1, s2, s3 = DIRECTION(g, p, z, s0, s1, s2, s3, c)
+        elif F2 >= 0:
+            u, s0, s1, s2 = DIRECTION(g, p, z, s0, s1, s2, c)
+        elif F1 >= 0:
+            u, s0, s1 = DIRECTION(g, p, z, s0, s1, c)
+        elif F0 >= 0:
+            u, s0 = DIRECTION(g, p, z, s0, c)
+        else:
+            u = DIRECTION(g, p, z, c)
     elif F3 >= 0:
         u, s0, s1, s2, s3 = DIRECTION(g, p, s0, s1, s2, s3, c)
     elif F2 >= 0:
@@ -175,7 +188,8 @@ def norm_grains(p_row, g_row, tile, stop, grain, WITH_PARAM: tl.constexpr, ALIGN
 def step_kernel(
     table, chunks, scalars, grad_scale, found_inf, clip, partials, sums, totals, norm, counters,
     rows, live_rows, chunk, max_norm, total_index, total_count,
-    DIRECTION: tl.constexpr, TERMS: tl.constexpr, LARGEST: tl.constexpr, TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
+    DIRECTION: tl.constexpr, TERMS: tl.constexpr, LARGEST: tl.constexpr, NOISE: tl.constexpr,
+    TRUST: tl.constexpr, TRUST_ON: tl.constexpr,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +266,7 @@ def step_kernel(
             step_tile(
                 p_row, c_row, g_row, p0, p1, p2, p3, a0, a1, a2, a3, c, tile, numel, grain,
                 mul, l2, q, lr, decay, seed, step, tensor, first_octet,
-                DIRECTION, TERMS, LARGEST, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
+                DIRECTION, TERMS, LARGEST, NOISE, F0, F1, F2, F3, PRECISION, PHASE, ALIGNED,
             )  # fmt: skip
             tile += 1
 

@@ -13,6 +13,7 @@ from fusedopt.kernels.bits import bits, from_bits
 from fusedopt.kernels.rounding import philox
 
 STREAM = tl.constexpr(0xFE)  # no parameter or state draws from it
+NOISE_STREAM = tl.constexpr(0xFD)  # of the noise that a rule takes
 
 
 @triton.jit
@@ -60,3 +61,13 @@ def normals(component, quad, key, scale):
     z0, z1 = turned(w1, radius(w0, scale))
     z2, z3 = turned(w3, radius(w2, scale))
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (z0.shape[0], 4 * z0.shape[1]))
+
+
+@triton.jit
+def noise16(seed, step, tensor, first_octet, tile, ROWS: tl.constexpr):
+    """fp32 (ROWS, 256) numbers N(0, 1) for the elements of a tile (csrc/gauss.h): one Philox call per 8 elements."""
+    octet = first_octet + tile * (ROWS * 32) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    c0, c1, c2, c3 = philox(seed, step, tensor, octet, NOISE_STREAM)
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    even, odd = turned((words & 0xFFFF0000) | 0x8000, radius((words << 16) | 0x8000, -2.0))
+    return tl.reshape(tl.join(even, odd), (ROWS, 256))

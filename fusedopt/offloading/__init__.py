@@ -138,7 +138,7 @@ def check_offloadable(opt, index: int, p: torch.Tensor, group: dict) -> None:
         if group[flag]:
             raise ValueError(f"{name}: {flag}=True needs its states on the device. Offload an optimizer without it.")
     rule = opt.rule_for(group)
-    if rule.measures is not None and (rule.memory or rule.measures.scope != "tensor"):
+    if rule.measures is not None and (rule.memory or rule.measures.given or rule.measures.scope != "tensor"):
         raise ValueError(
             f"{name} keeps numbers of whole tensors beside its states, on the device. Do not offload, or use LAMB or LARS."
         )

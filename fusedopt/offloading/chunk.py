@@ -48,7 +48,7 @@ def full_entry(opt, index: int, p: torch.Tensor, group: dict) -> dict:
     if kept:
         view.state[home] = kept
     rule = view.kept_rule(home, group)
-    entry = view.init_state(home, group, rule)
+    entry = view.init_state(home, group, rule, index)
     work = home if is_dense(home) else torch.empty(home.shape, dtype=home.dtype)
     name = type(opt).__name__
     for state, form in zip(rule.states, configured_formats(home, group, rule), strict=True):

@@ -42,7 +42,7 @@ def direction(g, p, exp_avg, exp_avg_sq, critical_mean, c):
 ADAM_CM = register(
     Rule(
         "adam_cm",
-        (State("exp_avg"), State("exp_avg_sq", signed=False), State("critical_mean", wide=True)),
+        (State("exp_avg"), State("exp_avg_sq", signed=False), State("critical_mean", estimate=True)),
         NAMES,
         scalars,
         reference,

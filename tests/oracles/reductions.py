@@ -8,6 +8,7 @@ import math
 import torch
 
 from oracles.elementwise import Transcription, ema
+from oracles.stand_in import stand_in_loss
 
 
 class NovoGrad(Transcription):
@@ -283,7 +284,7 @@ class AdaptiveBraking(Transcription):
 class InducedMetric(Joint):
     """arXiv 2509.03594: the metric's factor from the smoothed squared gradient of all tensors; `rms`: preconditioned."""
 
-    momentum, xi, beta, rms, alpha, eps = 0.9, 0.1, 0.8, False, 0.99, 1e-8
+    momentum, xi, beta, rms, log, alpha, eps = 0.9, 0.1, 0.8, False, False, 0.99, 1e-8
 
     def begin(self, thetas):
         self.m, self.v, self.energy = zeros(thetas), zeros(thetas), 0.0
@@ -295,7 +296,8 @@ class InducedMetric(Joint):
         metric = [(v / (1 - a**t)).sqrt() + self.eps if self.rms else torch.ones_like(v) for v in self.v]
         slope = dot(grads, [g / d for g, d in zip(grads, metric, strict=True)])
         self.energy = self.beta * self.energy + (1 - self.beta) * self.xi * slope
-        factor = 1 / (1 + abs(self.energy / (1 - self.beta**t)))
+        height = self.sign * stand_in_loss(thetas) if self.log else 1
+        factor = height / (height**2 + abs(self.energy / (1 - self.beta**t)))
         return [
             (1 - self.lr * self.wd) * theta - self.lr * factor * m / (1 - mu**t) / d
             for theta, m, d in zip(thetas, self.m, metric, strict=True)
