@@ -70,6 +70,8 @@ LONG = {
     "schedulefree_adamw": {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 20},
     "laprop": {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-8},
     "adamw": {"lr": 0.01, "weight_decay": 0.1, "cautious": True},
+    "adahessian": {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1},
+    "oasis": {"lr": 0.003, "truncation": 0.1, "weight_decay": 0.1},
 }
 
 
