@@ -76,6 +76,8 @@ LONG = {
     "fed_yogi": {"lr": 0.01},
     "fed_adagrad": {"lr": 0.05, "beta1": 0.9},  # at 0.01 weights move so little that their own rounding is 1e-5 of it
     "rmsprop_tf": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1},
+    "adahessian": {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1},
+    "oasis": {"lr": 0.003, "truncation": 0.1, "weight_decay": 0.1},
 }
 
 

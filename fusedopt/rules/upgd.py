@@ -153,7 +153,7 @@ class UPGD(FusedOptimizer):
 
     Args:
         params: parameters, named parameters, or groups of them.
-        lr: learning rate, a float or a 1-element tensor. The published code has 1e-5.
+        lr: learning rate, a float or a 1-element tensor. As large as SGD's; the published code has 1e-5.
         beta_utility: decay rate b of the utility. The published code's default is 0.
         sigma: standard deviation of the noise. The published code's default is 1.
         protecting: False gives gradients their full weight: p -= lr (g + sigma z (1 - k)).
@@ -173,7 +173,7 @@ class UPGD(FusedOptimizer):
     decay_mode = "decoupled"
 
     def __init__(
-        self, params, lr=0.01, beta_utility=0.999, sigma=1e-3, protecting=True, weight_decay=0.0, **options
+        self, params, lr=0.1, beta_utility=0.999, sigma=1e-3, protecting=True, weight_decay=0.0, **options
     ):  # fmt: skip
         check(beta_utility, sigma)
         defaults = {

@@ -1,4 +1,4 @@
-"""Rules that read the loss or a diagonal of the Hessian, and UPGD, transcribed from their papers: see `elementwise` for the form."""
+"""Rules that read the loss or a diagonal of the Hessian, and UPGD, transcribed: see `elementwise` for the form."""
 
 import math
 
