@@ -87,6 +87,7 @@ HYPER = {
     "beta2": 0.99,
     "sqrt": True,
     "truncation": 0.05,
+    "initial_rate": 0.1,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

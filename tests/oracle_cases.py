@@ -370,6 +370,16 @@ ORACLES = {
         informed.OASIS,
         combine(**ADAPTIVE, truncation=[0.01, 0.7], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
+    "dasa": (
+        informed.DASA,
+        combine(
+            lr=[1.0, 0.5],
+            initial_rate=[0.01, 0.2],
+            truncation=[0.01, 0.7],
+            weight_decay=[0.0, 0.1],
+            maximize=[False, True],
+        ),
+    ),
     "sania_hessian": (
         informed.SANIAHessian,
         combine(lr=[1.0, 0.5], eps=[0.1, 2.0], lower_bound=[0.0, 0.3], weight_decay=[0.0, 0.1])

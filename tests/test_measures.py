@@ -61,7 +61,7 @@ def test_trajectory_in_fp32(rule, steps, backend):
     exact = [torch.nn.Parameter(p.detach().double()) for p in mine]
     opt, other = make(rule, mine, backend=backend), ORACLES[name][0](exact, **options)
     for step in range(steps):
-        pull(exact, step)
+        pull(exact, 0 if rule == "dasa" else step)  # a full batch's: of noise its rate falls to nothing
         for p, q in zip(mine, exact, strict=True):
             p.grad = q.grad.float()
             q.grad = p.grad.double()

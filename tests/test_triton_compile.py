@@ -170,7 +170,7 @@ bind = create_function_from_signature(kernel.signature, kernel.params, make_back
 def specialization(offset, n):
     words, floats = torch.zeros(64, dtype=torch.int64)[offset:], torch.zeros(64)[offset:]
     pointers = [words, words, *[floats] * 8, words.int()]
-    constants = [None, None, False, None, 0, -1, -1, -1, -1, 1, 2, False, 0, True]
+    constants = [None, None, False, False, None, 0, -1, -1, -1, -1, 1, 2, False, 0, True]
     return bind(*pointers, n, n, n * 2048, float(n), n - 1, n, *constants)[1]
 
 assert specialization(0, 1) == specialization(1, 16) == specialization(3, 17)

@@ -130,6 +130,7 @@ OURS = {
     "gravity": {"lr": 0.1, "options": {"alpha": 0.0}, "elementwise": False, "momentum": False},
     "adahessian": {"adam": True},
     "oasis": {},
+    "dasa": {"lr": 1.0, "elementwise": False, "joint": True, "momentum": False},
     "sania_hessian": {"lr": 0.1, "elementwise": False, "joint": True, "momentum": False},
     "aegd": {"lr": 0.1, "elementwise": False, "momentum": False},
     "sps": {"lr": 1.0, "options": {"max_rate": 0.1}, "elementwise": False, "joint": True, "momentum": False},

@@ -22,8 +22,8 @@ static FO_HD void store(uint16_t* to, float x) { *to = float_to_bf16(x); }
 // Unused states are null.
 template <class Rule, bool Store, class G, class P, class S>
 static __attribute__((noinline)) void update(int64_t n, const G* __restrict g, P* __restrict p, S* __restrict state0,
-                                             S* __restrict state1, S* __restrict state2, S* __restrict state3, const float* __restrict noise,
-                                             float* __restrict u, const Stage s, const typename Rule::Scalars scalars) {
+                                             S* __restrict state1, S* __restrict state2, S* __restrict state3,
+                                             const float* __restrict noise, float* __restrict u, const Stage s, const typename Rule::Scalars scalars) {
   constexpr int states = Rule::state_count;
   for (int64_t i = 0; i < n; ++i) {
     float x = load(p[i]), a = 0.f, b = 0.f, c = 0.f, d = 0.f;

@@ -33,8 +33,8 @@ def launch_options(fixed: dict, nvidia: bool, heavy: tuple[str, ...] = ()) -> di
     256 threads, so that each holds 8 elements. Limits on registers: left alone, ptxas takes 150 for two int8 states and
     one program fills an NVIDIA SM. 128 let 2 programs share it: the leanest step (AdamW with int8 states, 6 bytes read
     an element) then has 24 KB in flight. 80 let 3, for steps with one simple state or none. Three int8 or int4 states
-    and unaligned rows need more. heavy: kinds of states ("plain",
-    "coded") with which a rule would spill under its limit (Rule.heavy): it gets the next. Nothing spills then (bench gates).
+    and unaligned rows need more. heavy: kinds of states ("plain", "coded") with which a rule would spill under its limit
+    (Rule.heavy): it gets the next. Nothing spills then (bench gates).
     """
     options = {"num_warps": 8 if nvidia else 4, "enable_fp_fusion": True}
     if not nvidia:

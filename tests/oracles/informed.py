@@ -126,3 +126,24 @@ class AdaptiveUPGD(UPGDBase, Joint):
             u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
             out.append((1 - self.lr * self.wd) * theta - 2 * self.lr * k * u)
         return out
+
+
+class DASA(Joint):
+    """arXiv 2109.05198, algorithm 1, with its adaptive rate; the diagonal is given."""
+
+    decay = "l2"
+    initial_rate, beta2, truncation = 1e-3, 0.999, 0.01
+
+    def update_all(self, thetas, grads, t):
+        metric = [stand_in_hessian(theta).abs().clamp(min=self.truncation) for theta in thetas]
+        if t == 1:
+            self.rate, self.growth = self.initial_rate, math.inf
+        else:
+            s = [theta - old for theta, old in zip(thetas, self.thetas, strict=True)]
+            y = [g - old for g, old in zip(grads, self.grads, strict=True)]
+            length = math.sqrt(dot(s, [d * x for d, x in zip(metric, s, strict=True)]))
+            dual = math.sqrt(dot(y, [x / d for d, x in zip(metric, y, strict=True)]))
+            rate = min(math.sqrt(1 + self.growth) * self.rate, length / (2 * dual))
+            self.rate, self.growth = rate, rate / self.rate
+        self.thetas, self.grads = thetas, grads
+        return [theta - self.lr * self.rate * g / d for theta, g, d in zip(thetas, grads, metric, strict=True)]
