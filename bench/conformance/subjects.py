@@ -23,8 +23,8 @@ class Subject:
     cls: returns the class, or raises ImportError. options: arguments beside lr and weight_decay. adam: it takes `betas` as
     torch.optim.Adam does. torch_class: the torch.optim class of the same rule, for state dicts. quantized: its states are
     coarser than 16 bits. matrices: options of the group of matrices (low-rank projections). elementwise: it needs neither
-    a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others. momentum: there is one for
-    OneCycleLR to cycle. still: a learning rate near zero leaves weights where they are. to_torch: arguments of state_dict
+    a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others; alone: not where those
+    are zero (a mean over all elements counts them). momentum: there is one for OneCycleLR to cycle. still: a learning rate near zero leaves weights where they are. to_torch: arguments of state_dict
     for a dict that torch.optim takes. eager: without torch.compile, which would take minutes here.
     """
 
@@ -38,6 +38,7 @@ class Subject:
     matrices: dict = field(default_factory=dict)
     elementwise: bool = True
     joint: bool = False
+    alone: bool = True
     momentum: bool = True
     still: bool = True
     to_torch: dict = field(default_factory=dict)
@@ -125,7 +126,7 @@ OURS = {
     "dadapt_adagrad": {"lr": 1.0, "options": {"d0": 1e-2}, "elementwise": False, "joint": True},
     "adamp": {"adam": True, "elementwise": False},
     "sgdp": {"options": {"momentum": 0.9}, "elementwise": False},
-    "ranger21": {"adam": True, "elementwise": False, "joint": True},
+    "ranger21": {"adam": True, "elementwise": False, "joint": True, "alone": False},
     "adog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
     "gravity": {"lr": 0.1, "options": {"alpha": 0.0}, "elementwise": False, "momentum": False},
     "adahessian": {"adam": True},
