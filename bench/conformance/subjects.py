@@ -23,9 +23,10 @@ class Subject:
     cls: returns the class, or raises ImportError. options: arguments beside lr and weight_decay. adam: it takes `betas` as
     torch.optim.Adam does. torch_class: the torch.optim class of the same rule, for state dicts. quantized: its states are
     coarser than 16 bits. matrices: options of the group of matrices (low-rank projections). elementwise: it needs neither
-    a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others; alone: not where those
-    are zero (a mean over all elements counts them). momentum: there is one for OneCycleLR to cycle. still: a learning rate near zero leaves weights where they are. to_torch: arguments of state_dict
-    for a dict that torch.optim takes. eager: without torch.compile, which would take minutes here.
+    a tensor's shape nor its norm. joint: a tensor's step depends on the gradients of others; alone: not where those are zero
+    (a mean over all elements counts them). momentum: there is one for OneCycleLR to cycle. still: a learning rate near zero
+    leaves weights where they are. to_torch: arguments of state_dict for a dict that torch.optim takes. eager: without
+    torch.compile, which would take minutes here.
     """
 
     name: str
