@@ -52,14 +52,22 @@ def orthogonalize(x: torch.Tensor, coefficients: Coefficients, eps: float = 1e-7
     """The orthogonal factors of a batch of matrices, [..., rows, cols] in their dtype. eps: the least norm."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(x.dtype))
     x = x / (norm * (SAFETY if len(set(coefficients)) > 1 else 1.0)).clamp(min=eps).to(x.dtype)
+    matrices = x.reshape(-1, *x.shape[-2:])
+    if x.device.type != "cpu":
+        return _iterate(matrices, coefficients, torch.baddbmm).view(x.shape)
+    for matrix in matrices:  # in the caches; together they take up to a quarter longer
+        matrix.copy_(_iterate(matrix, coefficients, torch.addmm))
+    return matrices.view(x.shape)
+
+
+def _iterate(x: torch.Tensor, coefficients: Coefficients, add_product) -> torch.Tensor:
     tall = x.shape[-2] > x.shape[-1]
-    batch = x.reshape(-1, *x.shape[-2:])
     for a, b, c in coefficients:
-        gram = torch.bmm(batch.mT, batch) if tall else torch.bmm(batch, batch.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        left, right = (batch, polynomial) if tall else (polynomial, batch)
-        batch = torch.baddbmm(batch, left, right, beta=a)
-    return batch.view(x.shape)
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+        left, right = (x, polynomial) if tall else (polynomial, x)
+        x = add_product(x, left, right, beta=a)
+    return x
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

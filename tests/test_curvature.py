@@ -346,3 +346,39 @@ def test_refusals(cls, options):
     with pytest.raises((RuntimeError, ValueError), match="projected|projection"):
         opt.estimate_hessian(q.square().sum())
         step(opt)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}], ids=str)
+def test_dasa_compares_gradients_of_one_batch(options):
+    """The rate by hand: a step's batch at the parameters of before the last step and at the present ones."""
+    gen = torch.Generator().manual_seed(3)
+    p = torch.nn.Parameter(torch.randn(5, 3, generator=gen, dtype=torch.float64))
+    opt = fusedopt.DASA([p], truncation=0.05, initial_rate=0.02, **options)
+    batches = [torch.randn(6, 5, generator=gen, dtype=torch.float64) for _ in range(8)]
+    sign, decay = -1 if options.get("maximize") else 1, options.get("weight_decay", 0.0)
+
+    def loss(x, at):
+        return (torch.tanh(x @ at).square().sum() + 0.1 * at.square().sum()) * sign
+
+    def gradient(x, at):
+        at = at.detach().clone().requires_grad_()
+        return sign * torch.autograd.grad(loss(x, at), at)[0] + decay * at.detach()
+
+    rate, ratio, last = 0.02, float("inf"), None
+    for step, x in enumerate(batches):
+        before = p.detach().clone()
+        p.grad = None
+        opt.last_gradients(lambda x=x: loss(x, p))
+        assert p.grad is None and torch.equal(p.detach(), before)
+        opt.estimate_hessian(loss(x, p))
+        d = opt.state[p]["hessian"].abs().clamp(min=0.05)
+        g = gradient(x, before)
+        if step:
+            s, y = before - last, g - gradient(x, last)
+            new = min((1 + ratio) ** 0.5 * rate, float((d * s * s).sum() ** 0.5 / (2 * (y * y / d).sum() ** 0.5)))
+            rate, ratio = new, new / rate
+        opt.step()
+        torch.testing.assert_close(p.detach(), before - rate * g / d, rtol=1e-9, atol=1e-12)
+        last = before
+    with pytest.raises(RuntimeError, match="clip"):
+        fusedopt.DASA([p], clip_grad_norm=1.0).last_gradients(lambda: loss(batches[0], p))

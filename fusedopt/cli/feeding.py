@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedopt.curvature import EstimatesHessian
 from fusedopt.losses import TakesLoss
+from fusedopt.rules.dasa import DASA
 
 
 def step(opt, loss: torch.Tensor | float = 1.0) -> None:
@@ -23,6 +24,8 @@ def give_curvature(opt) -> None:
 
 def backward(opt, forward) -> torch.Tensor:
     """Gradients of forward(), and an estimate of the Hessian where the class wants one; returns the loss."""
+    if isinstance(opt, DASA):
+        opt.last_gradients(forward)
     if not isinstance(opt, EstimatesHessian):
         loss = forward()
         loss.backward()

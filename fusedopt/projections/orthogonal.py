@@ -1,6 +1,6 @@
 """Steps of matrices along the orthogonal factor of their momentum (Muon): the rule's direction, Newton-Schulz, the update.
 
-Not a subspace: states have the parameter's shape. Matrices of one shape go through the iteration together.
+Not a subspace: states have the parameter's shape. On a GPU matrices of one shape go through the iteration together.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fusedopt.newton_schulz import Coefficients, orthogonalize
 from fusedopt.projections import base, ops
 from fusedopt.projections.pieces import FullSite, PieceLaunch
 
-# Elements of the matrices that go through the iteration together, at least one matrix: what fills a GPU, or stays in caches
-TOGETHER, CPU_TOGETHER = 1 << 26, 1 << 22
+# Elements of the matrices that go through the iteration together, at least one matrix: what fills a GPU
+TOGETHER, CPU_TOGETHER = 1 << 26, 0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -3,6 +3,8 @@ Information" (arXiv 2109.05198), algorithm 1."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fusedopt.curvature import EstimatesHessian
@@ -80,8 +82,9 @@ class DASA(EstimatesHessian):
     e = min(sqrt(1 + q_last) e_last, |s|_D / (2 |y|*_D)); p -= lr e g / D. `estimate_hessian(loss)` takes the place of
     loss.backward() and smooths: diagonal = beta2 diagonal + (1 - beta2) new.
 
-    For full batches, or batches that stay: y compares gradients of successive steps, and of other samples it is noise, which
-    makes the rate small. `OASIS` has a fixed rate and momentum. Three states in fp32.
+    For curvature without a learning rate to tune. y compares the gradients of two steps on the same samples: with full
+    batches as they come; with mini-batches call `last_gradients(closure)` before each forward pass, else y is noise and the
+    rate falls to nothing. `OASIS` has a fixed rate and momentum. Three states in fp32.
 
     Args:
         params: parameters, named parameters, or groups of them.
@@ -125,3 +128,34 @@ class DASA(EstimatesHessian):
 
     def joined(self, old, new, group):
         return smoothed(old, new, group["beta2"])
+
+    @torch._disable_dynamo
+    def last_gradients(self, closure: Callable[[], torch.Tensor]) -> None:
+        """For mini-batches: takes the gradients of this step's batch at the parameters of before the last step, which the step
+        compares with those at the present ones. Before the first step it does nothing.
+
+        Args:
+            closure: the loss of this step's batch. It is called once, and gradients in .grad stay as they are.
+        Raises:
+            RuntimeError: states are offloaded, or clip_grad_norm is set, which would scale one of the two gradients only.
+        """
+        if self.offloading is not None or self.clip_grad_norm is not None:
+            raise RuntimeError("DASA.last_gradients: gradients of two steps are compared. Neither clip nor offload.")
+        owners = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        owners = [(p, group) for p, group in owners if float(self.state.get(p, {}).get("step", 0)) > 0]
+        if not owners:
+            return
+        params, entries = [p for p, _ in owners], [self.state[p] for p, _ in owners]
+        kept = [p.detach().clone() for p in params]
+        try:
+            with torch.no_grad():
+                torch._foreach_copy_(params, [entry["last_param"] for entry in entries])
+            with torch.enable_grad():
+                grads = torch.autograd.grad(closure(), params, allow_unused=True)
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, kept)
+        for (_, group), entry, g in zip(owners, entries, grads, strict=True):
+            if g is not None:
+                g = g.to(entry["last_grad"].dtype) * (-1 if group["maximize"] else 1)
+                entry["last_grad"].copy_(g + group["weight_decay"] * entry["last_param"])

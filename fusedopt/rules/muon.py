@@ -91,7 +91,8 @@ class Muon(FusedOptimizer):
             projection, differentiable=True or DTensor.
 
     A group of both kinds of tensors becomes two. Convolution weights (out, in, h, w) are matrices [out, in h w].
-    Matrices of one shape go through the iteration together: memory for up to 2^26 elements (2^22 on the CPU), four times.
+    Matrices of one shape go through the iteration together, up to 2^26 elements of them (on the CPU one by one): that takes four
+    times their size in ns_dtype.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a vector is to be made orthogonal.
