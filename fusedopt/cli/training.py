@@ -21,6 +21,7 @@ from fusedopt.cli.gpt import GPT
 from fusedopt.cli.progress import progress
 from fusedopt.factory import embedding_ids, leave_out, parse_name, projection_of
 from fusedopt.projections.base import places
+from fusedopt.rule import optimizers
 
 # Learning rate and decoupled weight decay (of matrices) by rule: Lion takes a fifth of AdamW's rate and five times its
 # decay, see its paper. Rules without an entry run with their class's defaults.
@@ -31,6 +32,7 @@ RECIPES = {
     "lamb": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.98)},
     "sgd": {"lr": 0.2, "momentum": 0.9},
     "lars": {"lr": 5.0, "weight_decay": 1e-4, "momentum": 0.9},
+    "muon": {"lr": 0.02, "weight_decay": 0.01, "adam_lr": 1e-3},
     "adafactor": {"lr": 1e-3, "weight_decay": 0.1, "relative_step": False, "scale_parameter": False},
 }
 # For the matrices of the blocks, which a projection takes: by how much their learning rate is larger than the rule's, which
@@ -97,7 +99,7 @@ def label_of(name: str) -> str:
     base, form = parse_name(name)
     projection = projection_of(name)
     words = [projection.__name__] if projection else []
-    return " ".join([*words, fusedopt.rule.optimizers()[base].__name__, form or "fp32"])
+    return " ".join([*words, optimizers()[base].__name__, form or "fp32"])
 
 
 def build_optimizer(
@@ -112,7 +114,9 @@ def build_optimizer(
     recipe = dict(RECIPES.get("adamw" if name == TORCH else parse_name(name)[0], {}))
     decay = recipe.pop("weight_decay", 0.0)
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    groups = leave_out(matrices, embedding_ids(model) | {id(model.head.weight)}, {"projection": None})
+    splits = name != TORCH and optimizers()[parse_name(name)[0]].splits_models
+    apart = {"orthogonalize": False} if splits else {"projection": None}
+    groups = leave_out(matrices, embedding_ids(model) | {id(model.head.weight)}, apart)
     groups = [{**group, "weight_decay": decay} for group in groups]
     groups.append({"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0})
     own: dict = {}
