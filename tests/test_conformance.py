@@ -36,7 +36,10 @@ def test_our_classes_pass(name):
 
 
 def test_every_class_takes_part():
-    assert {s.cls() for s in OURS.values()} == set(optimizers().values()) and len(CHECKS) >= 40
+    classes = set(
+        optimizers().values()
+    )  # those that read more than gradients are stepped by a subclass that hands it to them
+    assert {next(c for c in s.cls().__mro__ if c in classes) for s in OURS.values()} == classes and len(CHECKS) >= 40
     assert {n for n, s in OURS.items() if s.torch_class} == {"SGD", "Adam", "AdamW", "AdamW, int8 states"}
 
 

@@ -42,6 +42,7 @@ def state_counts() -> dict[str, int]:
 
 
 STATES = state_counts()
+WRITTEN_ONLY = {"Dasa": 2}  # states that a step replaces without reading them
 
 
 @pytest.fixture(scope="module", params=gates.ARCHS)
@@ -79,8 +80,9 @@ def test_full_width_accesses(kernels):
         states = STATES[name.removesuffix(" probe")]
         # An octet of fp32 is two 16-byte accesses, of 16-bit values one, of codes and of split24's low bits one of 8 bytes.
         # The companion is one stream more; ptxas makes one load of the first half of fp32 and the 16-bit octet.
-        assert row["loads"][128] >= 2 * (3 + states)
-        assert row["loads"].get(64, 0) >= 1 + states
+        read = states - WRITTEN_ONLY.get(name, 0)
+        assert row["loads"][128] >= 2 * (3 + read), name
+        assert row["loads"].get(64, 0) >= 1 + read, name
         if not name.endswith(" probe"):
             assert row["stores"][128] >= 3 * (2 + states)
             assert row["stores"].get(64, 0) == 1 + states

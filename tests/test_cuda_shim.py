@@ -292,7 +292,7 @@ def test_norm_over_several_launches_and_empty_rows(cuda):
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rule=st.sampled_from(RULES),
-    forms=st.tuples(*[st.sampled_from(list_formats())] * 3),
+    forms=st.tuples(*[st.sampled_from(list_formats())] * 4),
     types=st.sampled_from(TYPES),
     numels=st.lists(st.sampled_from([0, 1, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 4100]), min_size=1, max_size=4),
     offset=st.integers(0, 3),

@@ -17,7 +17,9 @@ CLASSES = [
     (fusedopt.AdaHessian, {"lr": 0.05}),
     (fusedopt.OASIS, {"lr": 0.05, "betas": (0.9, 0.7), "truncation": 0.3}),
     (fusedopt.SANIAHessian, {"beta2": 0.7, "eps": 0.3}),
+    (fusedopt.DASA, {"initial_rate": 0.05, "beta2": 0.7, "truncation": 0.3}),
 ]
+SHARED = (fusedopt.SANIAHessian, fusedopt.DASA)  # have numbers of the whole model, so no part of it steps by itself
 each_class = pytest.mark.parametrize("cls, options", CLASSES, ids=lambda x: getattr(x, "__name__", None))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 F64 = torch.float64
@@ -173,6 +175,20 @@ def by_hand(cls, options, model, i: int, t: int, kept: dict) -> None:
         if cls is fusedopt.OASIS:
             kept["m"] = b1 * kept.get("m", 0) + (1 - b1) * g
             u = kept["m"] / kept["D"].abs().clamp(min=options["truncation"])
+        elif cls is fusedopt.DASA:
+            d, flat = (
+                kept["D"].abs().clamp(min=options["truncation"]),
+                torch.cat([p.detach().flatten() for p in params]),
+            )
+            if t == 1:
+                kept["rate"], kept["ratio"] = options["initial_rate"], math.inf
+            else:
+                moved, changed = flat - kept["p"], g - kept["g"]
+                local = math.sqrt(float(d @ moved**2) / float((1 / d) @ changed**2)) / 2
+                rate = min(math.sqrt(1 + kept["ratio"]) * kept["rate"], local)
+                kept["rate"], kept["ratio"] = rate, rate / kept["rate"]
+            kept["p"], kept["g"] = flat, g
+            u = kept["rate"] * g / d
         else:
             d = g / kept["D"].abs().clamp(min=options["eps"])
             q, height = float(d @ g), 2 * float(loss)
@@ -229,7 +245,7 @@ def test_no_step_without_an_estimate(cls, options):
         before = tensors(opt, params)
         with pytest.raises(RuntimeError, match=rf"{cls.__name__}: parameter 0 .* Call estimate_hessian\(loss\)"):
             step(opt)
-        if cls is not fusedopt.SANIAHessian:
+        if cls not in SHARED:
             with pytest.raises(RuntimeError, match="estimate_hessian"):
                 opt.step_parameter(params[0])
             before = before if made else []
@@ -331,7 +347,7 @@ def test_refusals(cls, options):
         with pytest.raises(ValueError, match="wants the loss"):
             opt.estimate_hessian(bad)
     assert not opt.state and p[0].grad is None
-    if cls is not fusedopt.SANIAHessian:
+    if cls not in SHARED:
         fusedopt.offload(opt)
         with pytest.raises(RuntimeError, match="offloaded"):
             opt.estimate_hessian(loss)
