@@ -25,6 +25,7 @@ RENAMED = {"d": "clip_threshold", "beta2_decay": "decay_rate"}
 OWN_RATES = {
     "lars": {"lr": 0.01, "trust_coefficient": 0.05},  # the default of 1e-6 times the weights' norm moves no fp32 weight
     "schedulefree_sgd": {"lr": 0.01},  # 1 is beyond the parabola's stable rates
+    "upgd": {"lr": 0.01},  # so is its 0.1
     "sgd_sai": {"eps": 100.0},  # so are 0.01 and more times its gain, that of gradients which hardly differ
     "dadapt_adam": {"lr": 0.1},  # its distance estimate overshoots at 1
     "dadapt_sgd": {"lr": 0.1, "d0": 0.1},  # 1e-6 at a rate of 1e-3 moves no fp32 weight in 20 steps
