@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from oracles import composed, elementwise, informed, reductions
+from oracles.installed import AdaHessian, NAdam, adafactor, either, gravity, lion, package
 from oracles.lamb import LAMB
 from oracles.lars import LARS
-from oracles.packages import AdaHessian, NAdam, adafactor, either, gravity, lion, package
 
 STEPS = 14
 SHAPES = ((7, 5), (5,), (3, 4, 2, 2), ())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from configs import each_backend, parameters
 from oracle_cases import ORACLES, relative_error
-from oracles.packages import package
+from oracles.installed import package
 
 import fusedopt
 from fusedopt.rule import optimizers

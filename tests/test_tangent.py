@@ -5,7 +5,7 @@ import torch
 from configs import assert_same_bits, copies, parameters, set_grads
 from oracle_cases import make_params, relative_error
 from oracle_cases import set_grads as growing_grads
-from oracles.packages import package
+from oracles.installed import package
 from oracles.wrappers import TangentProjection as Oracle
 from test_transforms import feed_back
 

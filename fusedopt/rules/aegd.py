@@ -60,7 +60,7 @@ def momentum_direction(g, p, energy, momentum_buffer, c):
 
 MEASURES = Measures(("root", "inverse"), start=start, given=("loss",))
 ENERGY = State("energy", signed=False, wide=True)
-AEGD_RULE = register(Rule("aegd", (ENERGY,), NAMES, scalars, reference, direction, measures=MEASURES))
+AEGD_RULE = register(Rule("aegd", (ENERGY,), NAMES, scalars, reference, direction, measures=MEASURES, heavy=("plain",)))
 MOMENTUM = register(
     Rule(
         "aegd_momentum",

@@ -56,6 +56,7 @@ GRAVITY = register(
         reference,
         direction,
         measures=Measures(("peak",), sums=sums, terms=terms, terms_triton=terms_triton, largest=True),
+        heavy=("plain",),
     )
 )
 

@@ -119,6 +119,7 @@ UPGD_RULE = register(
         direction,
         measures=_measures(terms_triton),
         noise=True,
+        heavy=("plain",),
     )
 )
 ADAPTIVE = register(
