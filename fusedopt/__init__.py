@@ -36,6 +36,7 @@ from fusedopt.transforms.losses import auxiliary_backward, pcgrad
 from fusedopt.transforms.private import batch_size_tests, private_gradients
 from fusedopt.transforms.rates import GradES
 from fusedopt.transforms.zeroth import Direction, ZerothOrder, apply_directions
+from fusedopt.udog import UDoG
 from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
@@ -64,6 +65,7 @@ __all__ = [
     "NonFiniteError",
     "ReleasedGradients",
     "SMB",
+    "UDoG",
     "SubsetNorm",
     "SubspaceMomentum",
     "ZerothOrder",
