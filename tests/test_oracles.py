@@ -78,17 +78,50 @@ LONG = {
     "rmsprop_tf": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1},
     "adahessian": {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1},
     "oasis": {"lr": 0.003, "truncation": 0.1, "weight_decay": 0.1},
+    # the rule alone; with its components: test_ranger21
+    "ranger21": {
+        "lr": 0.01,
+        "weight_decay": 0.1,
+        "clip": None,
+        "centralize": False,
+        "normalize": False,
+        "stable_decay": False,
+        "norm_loss": None,
+        "lookahead": None,
+    },
 }
 
 
+def long_cases() -> dict[str, tuple[str, dict]]:
+    """By rule: a class and its options; those of LONG, then the first case with decay of every other rule. Rules with numbers of
+    whole tensors: test_measures."""
+    found = {}
+    cases = [(name, options) for name, (_, cases) in ORACLES.items() for options in cases]
+    cases.sort(key=lambda case: not case[1].get("weight_decay"))
+    for name, options in (*LONG.items(), *cases):
+        opt = optimizers()[name]([torch.nn.Parameter(torch.zeros(1))], **ours(name, options))
+        rule = opt.rule_for(opt.param_groups[0])
+        if rule.measures is None and not rule.internal and not opt.needs_shapes and not options.get("maximize"):
+            found.setdefault(rule.name, (name, options))
+    return found
+
+
+LONG_CASES = long_cases()
+
+
+def test_every_rule_takes_two_hundred_steps():
+    assert {name for name in list_rules() if get_rule(name).measures is None} <= LONG_CASES.keys()
+
+
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("name", LONG)
-def test_two_hundred_steps_in_fp32(name, capturable):
+@pytest.mark.parametrize("rule", LONG_CASES)
+def test_two_hundred_steps_in_fp32(rule, capturable):
     """Native steps of fp32 parameters, with step counts on the host and on the device, against the oracle in fp64."""
+    name, options = LONG_CASES[rule]
     theirs = make_params()
     mine = [torch.nn.Parameter(p.detach().float()) for p in theirs]
-    opt = optimizers()[name](mine, **LONG[name], capturable=capturable)
-    other = ORACLES[name][0](theirs, **LONG[name])
+    opt = optimizers()[name](mine, **ours(name, options), capturable=capturable)
+    other = ORACLES[name][0](theirs, **options)
     with torch.no_grad():
         for p, q in zip(theirs, mine, strict=True):
             p.copy_(q)
