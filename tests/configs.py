@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
@@ -62,6 +63,21 @@ EVERY = [*CONFIGS, *COMPRESSED]
 BY_NAME = {c.name: c for c in EVERY}
 WITH_STATES = [c for c in CONFIGS if c.name not in ("sgd", "lars_plain")]
 WITH_TORCH = [c for c in CONFIGS if c.torch_class]
+
+
+def assert_resumes(build, shapes, before: int, steps: int) -> None:
+    """Runs of build(params) that save and load a state dict after `before` of their steps end with the bits of straight ones."""
+    straight, params = parameters(*shapes), parameters(*shapes)
+    opt, other = build(straight), build(params)
+    for step in range(steps):
+        if step == before:
+            saved = copy.deepcopy(other.state_dict())
+            other = build(params)
+            other.load_state_dict(saved)
+        for ps, o in ((straight, opt), (params, other)):
+            set_grads(ps, step)
+            o.step()
+    assert_same_bits([p.detach() for p in params], [p.detach() for p in straight])
 
 
 def native_cpu() -> bool:

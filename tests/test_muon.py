@@ -1,10 +1,8 @@
 """Muon: Newton-Schulz, which parameters it takes, torch.optim.Muon, storage, skipped and resumed steps."""
 
-import copy
-
 import pytest
 import torch
-from configs import BACKENDS, assert_same_bits, parameters, set_grads
+from configs import BACKENDS, assert_resumes, assert_same_bits, parameters, set_grads
 from oracles.elementwise import Muon as Oracle
 
 import fusedopt
@@ -241,22 +239,7 @@ def test_skipped_steps_change_nothing_and_clipping_counts_all(capturable):
 
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_resumes_bit_for_bit(form):
-    def build(ps):
-        return fusedopt.Muon(ps, lr=0.02, state_format=form, min_quantized_numel=0)
-
-    straight, params = parameters(*SHAPES), parameters(*SHAPES)
-    opt, first = build(straight), build(params)
-    for step in range(4):
-        for ps, o in ((straight, opt), (params, first)):
-            set_grads(ps, step)
-            o.step()
-    second = build(params)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for step in range(4, 8):
-        for ps, o in ((straight, opt), (params, second)):
-            set_grads(ps, step)
-            o.step()
-    assert_same_bits([p.detach() for p in params], [p.detach() for p in straight])
+    assert_resumes(lambda ps: fusedopt.Muon(ps, lr=0.02, state_format=form, min_quantized_numel=0), SHAPES, 4, 8)
 
 
 @needs_torch_muon

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from configs import assert_same_bits, parameters, set_grads
+from configs import assert_resumes, assert_same_bits, parameters, set_grads
 from oracles import wrappers as oracle
 from test_transforms import feed_back
 
@@ -173,20 +173,7 @@ def resumable(name, **options):
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", [*NAMES, "adam_cm"])
 def test_resumes_bit_for_bit(name, capturable):
-    build = resumable(name, capturable=capturable)
-    straight, params = parameters(*SHAPES), parameters(*SHAPES)
-    opt, first = build(straight), build(params)
-    for step in range(5):
-        for ps, o in ((straight, opt), (params, first)):
-            set_grads(ps, step)
-            o.step()
-    second = build(params)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for step in range(5, 11):
-        for ps, o in ((straight, opt), (params, second)):
-            set_grads(ps, step)
-            o.step()
-    assert_same_bits([p.detach() for p in params], [p.detach() for p in straight])
+    assert_resumes(resumable(name, capturable=capturable), SHAPES, 5, 11)
 
 
 def test_adam_cm_on_the_device_is_that_on_the_host_and_skips():

@@ -1,10 +1,8 @@
 """Transforms that change weights around a step, against transcriptions; hypergradients and GradES."""
 
-import copy
-
 import pytest
 import torch
-from configs import assert_same_bits, parameters, set_grads
+from configs import assert_resumes, assert_same_bits, parameters, set_grads
 from oracles import wrappers as oracle
 from pytorch_optimizer import Lookahead as PackageLookahead
 from test_transforms import RULES, feed_back, make
@@ -157,20 +155,7 @@ def test_a_skipped_step_changes_nothing(name):
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
 def test_resumes_bit_for_bit(name, capturable):
-    transform = PAIRS[name][0]
-    straight, params = parameters(*SHAPES), parameters(*SHAPES)
-    opt, first = (make("adamw", ps, transform, capturable=capturable) for ps in (straight, params))
-    for step in range(4):
-        for ps, o in ((straight, opt), (params, first)):
-            set_grads(ps, step)
-            o.step()
-    second = make("adamw", params, transform, capturable=capturable)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for step in range(4, 9):
-        for ps, o in ((straight, opt), (params, second)):
-            set_grads(ps, step)
-            o.step()
-    assert_same_bits([p.detach() for p in params], [p.detach() for p in straight])
+    assert_resumes(lambda ps: make("adamw", ps, PAIRS[name][0], capturable=capturable), SHAPES, 4, 9)
 
 
 def test_a_quantiser_of_ones_own():

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fusedopt.rules.cautious import NORMALISERS
 from fusedopt.states import decode
 from fusedopt.transforms.base import Batch, Transform
 from fusedopt.transforms.clipping import check_positive
 from fusedopt.transforms.wrappers import check_count, decays
-
-# The update of n elements is scaled by n / max(kept + add, floor n), as in the published codes of C-AdamW and C-Lion.
-NORMALISERS = {"mean": (0.0, 1e-3), "count": (1.0, 0.0)}
 
 
 def rescaled(batch: Batch, old: list[torch.Tensor], new: list[torch.Tensor], factors) -> list[torch.Tensor]:
