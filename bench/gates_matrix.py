@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from bench.gates_triton import TARGETS, WORKERS, cuda_listing, cuda_resources, hip_resources
-from fusedopt.backends import triton_matrix, triton_seeded
+from fusedopt.backends import triton_matrix, triton_newton_schulz, triton_seeded
 from fusedopt.backends.base import Int4Matrix, MatrixWork, RowNumbers
 from fusedopt.precision import get_precision
 
@@ -24,10 +24,15 @@ SHARED = {"sm": 99 * 1024, "gf": 64 * 1024}
 UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
+MATMULS = ("product", "project", "seeded", "symmetric", "add_product")
+WIDE = 4096
+NEWTON_SCHULZ = {"left": (128, 256), "right": (256, 128)}  # shapes of wide and tall matrices: whole tiles
+
+
 class MatrixCase(NamedTuple):
     """kind: product, scaled, project, sums or weights (int8, updated from fp32 or 16-bit operands), or of a random projector:
-    seeded, draw (into memory) or single (rank 1). operands: their dtype. packed: the projector is int4. rank: of a random
-    projector."""
+    seeded, draw (into memory) or single (rank 1), or of Newton-Schulz: symmetric or add_product, of wide matrices (side left)
+    or tall ones (right). operands: their dtype. packed: the projector is int4. rank: of a random projector."""
 
     kind: str = "product"
     operands: torch.dtype = BF16
@@ -45,11 +50,16 @@ class MatrixCase(NamedTuple):
         text += f" {self.precision}" if self.kind in ("product", "scaled") else ""
         text += f" {self.residual}" if self.residual else ""
         text += f" int4 {self.side}" if self.packed else f" {self.side}" if self.residual or self.rank else ""
+        text += {"left": " wide", "right": " tall"}[self.side] if self.newton_schulz else ""
         return text + (f" rank {self.rank}" if self.rank else "")
+
+    @property
+    def newton_schulz(self) -> bool:
+        return self.kind in ("symmetric", "add_product")
 
     def uses_matrix_units(self, target: str) -> bool:
         """AMD's multiply fp32 as well."""
-        multiplies = self.kind in ("product", "project", "seeded")
+        multiplies = self.kind in MATMULS
         return multiplies and (self.operands != F32 or self.tf32 or target.startswith("gfx"))
 
     @property
@@ -85,6 +95,7 @@ CASES = (
     *(MatrixCase("single", side=side, rank=1) for side in ("left", "right")),
     MatrixCase("single", operands=F32, param=F32, side="left", rank=1),
     MatrixCase("draw", rank=128),
+    *(MatrixCase(kind, side=side) for kind in ("symmetric", "add_product") for side in NEWTON_SCHULZ),
 )
 
 COMMON = tuple(
@@ -118,9 +129,17 @@ def limits(case: MatrixCase, row: dict) -> list[tuple[str, int, int, int]]:
         out.append((f"matrix instructions ({row['unit']})", row["matrix_instructions"], 1, 1 << 30))
     if case.packed and row["target"].startswith("sm_"):  # of each byte the program masks one code and shifts the other
         out.append(("int4 codes unpacked by a thread", 2 * row["nibbles"], row["packed"], 1 << 30))
-    if row["target"].startswith("sm_") and case.kind in ("product", "project", "seeded"):
+    if row["target"].startswith("sm_") and case.kind in MATMULS:
         out.append(("16-byte copies to shared memory", row["wide_copies"], 1, 1 << 30))
+    if case.kind == "symmetric":
+        out.append((f"percent of the tiles of X X^T, {WIDE} rows", triangle_percent(case), 0, 53))
     return out
+
+
+def triangle_percent(case: MatrixCase) -> float:
+    """Programs that a symmetric product of WIDE rows launches, each one tile of multiplications, in percent of its tiles."""
+    block = arguments(case, True)[1]["BM"]
+    return 100 * triton_newton_schulz.symmetric_programs(WIDE, block) / (WIDE // block) ** 2
 
 
 def int4_matrix(rows: int, cols: int) -> Int4Matrix:
@@ -152,7 +171,7 @@ def matrix_work(case: MatrixCase) -> MatrixWork:
 
 def arguments(case: MatrixCase, nvidia: bool):
     """(kernel, compile-time arguments and options, dtypes of the pointers that are given)."""
-    from fusedopt.kernels import matrix, matrix_sums, project, seeded, weights
+    from fusedopt.kernels import matrix, matrix_sums, newton_schulz, project, seeded, weights
 
     if case.kind == "weights":
         types = {
@@ -181,6 +200,13 @@ def arguments(case: MatrixCase, nvidia: bool):
         return seeded.single_kernel, triton_seeded.single_constants(case.operands, SIZE, case.side, nvidia), types
     if case.kind == "draw":
         return seeded.draw_kernel, triton_seeded.draw_constants(SIZE), {"out": case.operands}
+    if case.newton_schulz:
+        x = torch.zeros(NEWTON_SCHULZ[case.side], dtype=case.operands)
+        if case.kind == "symmetric":
+            types = dict.fromkeys(("x", "addend", "out"), case.operands)
+            return newton_schulz.symmetric_kernel, triton_newton_schulz.symmetric_constants(x, nvidia), types
+        types = dict.fromkeys(("x", "polynomial", "out"), case.operands)
+        return newton_schulz.add_product_kernel, triton_newton_schulz.add_product_constants(x, nvidia), types
     packed = {"": torch.uint8, "_scale": F32, "_zero": torch.uint8}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
@@ -216,7 +242,7 @@ def compile_case(case: MatrixCase, target: str):
     kernel, constants, types = arguments(case, not hip)
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
     names = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16"}
-    numbers = dict.fromkeys(("scale", "residual_scale", "eps", "factor"), "fp32")
+    numbers = dict.fromkeys(("scale", "residual_scale", "eps", "factor", "alpha", "beta"), "fp32")
     numbers |= dict.fromkeys(
         ("rows", "cols", "rank", "grad_rank", "tensor", "first", "numel", "depth", "seed_low", "seed_high", "step"),
         "i32",
@@ -255,6 +281,10 @@ def _needs(case: MatrixCase, target: str) -> dict:
     if case.kind in ("sums", "single"):
         elements = matrix_sums_piece() // threads
         return {"loads": (accesses(case.operands), 0), "stores": (0, 0)}
+    if case.newton_schulz:  # a tile is added to the product; a symmetric one is stored twice
+        elements = constants["BM"] * constants.get("BN", constants["BM"]) // threads
+        added = accesses(case.operands)
+        return {"loads": (added, 0), "stores": (added * (2 if case.kind == "symmetric" else 1), 0)}
     seeded = case.kind == "seeded"
     elements = (constants["BR"] * constants["BS"] if seeded else constants["BM"] * constants["BN"]) // threads
     if seeded or case.kind == "project":

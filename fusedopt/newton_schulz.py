@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fusedopt.backends import select
+
 # Jordan et al., "Muon: An optimizer for hidden layers in neural networks": fastest to singular values around 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 # Amsel et al., "The Polar Express" (arXiv 2505.16932), for singular values from 1e-3: the best polynomial for each step, all but
@@ -48,11 +50,18 @@ def schedule(coefficients: Sequence[float] | str, steps: int) -> Coefficients:
     return (tuple(float(x) for x in coefficients),) * steps
 
 
-def orthogonalize(x: torch.Tensor, coefficients: Coefficients, eps: float = 1e-7) -> torch.Tensor:
-    """The orthogonal factors of a batch of matrices, [..., rows, cols] in their dtype. eps: the least norm."""
+def orthogonalize(
+    x: torch.Tensor, coefficients: Coefficients, eps: float = 1e-7, backend: str = "reference"
+) -> torch.Tensor:
+    """The orthogonal factors of a batch of matrices, [..., rows, cols] in their dtype. eps: the least norm.
+
+    backend: whose kernel iterates, where it has one for the dtype; else torch's products.
+    """
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(x.dtype))
     x = x / (norm * (SAFETY if len(set(coefficients)) > 1 else 1.0)).clamp(min=eps).to(x.dtype)
     matrices = x.reshape(-1, *x.shape[-2:])
+    if select.get_backend(backend).newton_schulz(matrices, coefficients):
+        return matrices.view(x.shape)
     if x.device.type != "cpu":
         return _iterate(matrices, coefficients, torch.baddbmm).view(x.shape)
     for matrix in matrices:  # in the caches; together they take up to a quarter longer

@@ -229,6 +229,10 @@ class MatrixKernels:
         """out fp32 [1] = sum of grad[i, j]^2 row_weight[i] col_weight[j]."""
         return False
 
+    def newton_schulz(self, x: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> bool:
+        """For each (a, b, c): x <- a x + (b A + c A^2) x with A = x x^T, of a batch of matrices [n, rows, cols], in place."""
+        return False
+
 
 class Backend(Protocol):
     """Steps buckets. `supports` answers None or the reason why not; `launch` runs one Work on the current stream."""

@@ -92,6 +92,10 @@ class CudaBackend(NativeBackend):
         triton = self._triton()
         return triton is not None and triton.project_seeded(grad, seed, tensor_id, step, rank, side, out, squares)
 
+    def newton_schulz(self, x, coefficients) -> bool:
+        triton = self._triton()
+        return triton is not None and triton.newton_schulz(x, coefficients)
+
     def _triton(self):
         """The backend whose kernels multiply matrices, or None where it cannot run."""
         from fusedopt.backends.select import get_backend

@@ -158,6 +158,13 @@ class TritonBackend(MatrixKernels):
         with _on(grad.device):
             return project_packed(grad, packed, side, out)
 
+    def newton_schulz(self, x: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> bool:
+        """See MatrixKernels. False, with nothing done, for fp32 and fp64 and for tensors with gaps."""
+        from fusedopt.backends.triton_newton_schulz import newton_schulz
+
+        with _on(x.device):
+            return newton_schulz(x, coefficients)
+
     def project_seeded(
         self, grad: torch.Tensor, seed: int, tensor_id: int, step: int, rank: int, side: str, out: torch.Tensor,
         squares: torch.Tensor | None,

@@ -57,7 +57,8 @@ class Batch:
             launch.use(grad, steps.scale, steps.clip, steps.found)
             for i in range(len(slot.site.pieces.pieces)):
                 launch.run(i)
-        factors = orthogonalize(self.stack, self.projection.coefficients, self.projection.eps)
+        backend = self.slots[0].key.backend
+        factors = orthogonalize(self.stack, self.projection.coefficients, self.projection.eps, backend)
         for slot, factor in zip(self.slots, factors, strict=True):
             work = replace(steps.work(slot, factor), grad_scale=None, clip=None, scale=slot.site.scale)
             ops.apply(slot.key.backend, work)
