@@ -109,6 +109,11 @@ def lowrank(module: str, *arguments: str, name: str, seconds: int) -> Callable[[
     return commands
 
 
+def newton_schulz(folder: Path, dry: bool) -> list[list[str]]:
+    small = ["--device", "cpu", "--tiny", "--rounds", "1"] if dry else []
+    return [python("-m", "bench.gpu_newton_schulz", "--out", folder / "newton_schulz.json", *small)]
+
+
 def plot(folder: Path, dry: bool) -> list[list[str]]:
     return [python("-m", "bench", "plot", folder / "bench.json", "--out", folder)]
 
@@ -145,6 +150,7 @@ PARTS = (
     Part("lowrank_products", 110, lowrank("gpu_products", name="lowrank_products", seconds=80)),
     Part("lowrank_steps", 130, lowrank("gpu_lowrank", "steps", name="lowrank_steps", seconds=80)),
     Part("lowrank_refresh", 45, lowrank("gpu_lowrank", "refresh", name="lowrank_refresh", seconds=25)),
+    Part("newton_schulz", 60, newton_schulz),
     Part("plot", 30, plot),
     Part("demo", 90, demo),
     Part("gates", 90, gates),
@@ -165,7 +171,13 @@ def environment(dry: bool) -> dict[str, str]:
     """Of the parts: our tree first on the path, the CUDA extension wanted and for the present GPU only."""
     out = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if dry:
-        return {**out, "FUSEDOPT_NATIVE": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return {
+            **out,
+            "FUSEDOPT_NATIVE": "0",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+        }
     out.pop("TRITON_INTERPRET", None)
     if capability():
         out |= {"FUSEDOPT_CUDA": "1", "FUSEDOPT_CUDA_ARCHS": capability()}

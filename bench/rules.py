@@ -68,7 +68,7 @@ def first_loss(setup: Setup) -> float:
 
 
 def default_rate(name: str) -> float | None:
-    rate = optimizers()[name]([torch.zeros(1)]).param_groups[0]["lr"]
+    rate = optimizers()[name]([torch.zeros(2, 2)]).param_groups[0]["lr"]
     return None if rate is None else float(rate)
 
 

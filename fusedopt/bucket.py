@@ -13,7 +13,7 @@ from fusedopt.backends.base import BucketKey, Item, Work
 from fusedopt.formats import Format
 from fusedopt.precision import ParamPrecision
 from fusedopt.projections.base import Site
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, get_rule
 from fusedopt.weights import Int8Weight
 
 
@@ -66,9 +66,12 @@ class Slot:
         return self.entry[self.precision.companion] if self.precision.companion else None
 
     def whole(self) -> Slot:
-        """A projected slot without its projection: the parameter and its full gradient, for norms."""
-        key = self.key._replace(param_dtype=self.param.dtype, grad_dtype=self.grad_dtype, projected=False)
-        return replace(self, site=None, key=key)
+        """A projected slot without its projection and its states: the parameter and its full gradient, for norms."""
+        rule = get_rule("sgd")
+        key = self.key._replace(
+            rule=rule.name, formats=(), param_dtype=self.param.dtype, grad_dtype=self.grad_dtype, projected=False
+        )
+        return replace(self, site=None, key=key, rule=rule, formats=())
 
 
 class Bucket:

@@ -366,7 +366,8 @@ class Plan:
             pointers.append(slot.companion.data_ptr())
         if not slot.copy_grad:
             pointers.append(g.data_ptr())
-        key = BucketKey(slot.param.device, "", slot.rule.name, slot.target.dtype, site.projected.dtype if site else g.dtype,
+        rule = slot.rule.parts[0] if slot.rule.parts else slot.rule.name
+        key = BucketKey(slot.param.device, "", rule, slot.target.dtype, site.projected.dtype if site else g.dtype,
                         tuple(f.name for f in slot.formats), "nearest" if site else slot.precision.name,
                         all(x % 16 == 0 for x in pointers), site is not None)  # fmt: skip
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -55,6 +55,7 @@ class Measures:
         g and p as `direction` gets them.
     largest: a probe takes the largest element of each term, over all of the scope, in place of their sums.
     given: numbers that the caller hands to the step ("loss"), which c then holds too.
+    compares: whether numbers of a tensor depend on the others of its group, so that they are stepped together or not at all.
     last_step: the last step that needs the sums, where later ones do not (their probes are left out while counts are on the
         host; functions must not read the sums then).
     memory and numbers are dicts by name, of float64 tensors [tensors] (scope "tensor") or 0-dim; c holds the rule's scalars with
@@ -72,6 +73,7 @@ class Measures:
     terms_triton: Any = None
     largest: bool = False
     given: tuple[str, ...] = ()
+    compares: bool = False
     last_step: int | None = None
 
 
@@ -94,6 +96,7 @@ class Rule:
     heavy: kinds of states, "plain" (fp32) or "coded" (blockwise), with which the Triton step spills under the registers that its
         number of states allows (kernels/driver.py); it then gets more.
     internal: a building block of projections that no optimizer class steps by itself.
+    parts: names of the rules that a site launches in its place (`compose`).
     """
 
     name: str
@@ -112,6 +115,7 @@ class Rule:
     heavy: tuple[str, ...] = ()
     noise: bool = False
     internal: bool = False
+    parts: tuple[str, ...] = ()
 
     @property
     def reduces(self) -> bool:
@@ -154,6 +158,16 @@ class Rule:
 
     def named_scalars(self, h: Mapping[str, Any], step) -> dict[str, Any]:
         return dict(zip(self.scalar_names, self.scalars(h, step), strict=True))
+
+
+def compose(name: str, *parts: Rule, **changes) -> Rule:
+    """A rule that a projection's site steps in several launches, one for each part: their states, the first one's scalars, and no
+    bodies of its own. changes: other fields of Rule."""
+    states = tuple(state for part in parts for state in part.states)
+    names = tuple(part.name for part in parts)
+    return replace(
+        parts[0], name=name, states=states, reference=None, direction=None, internal=True, parts=names, **changes
+    )
 
 
 _rules: dict[str, Rule] = {}

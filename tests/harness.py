@@ -88,6 +88,11 @@ HYPER = {
     "sqrt": True,
     "truncation": 0.05,
     "initial_rate": 0.1,
+    "sign_stabilised": False,
+    "debias": True,
+    "ball": "rms",
+    "noise_rates": (0.3, 0.8),
+    "fixed_decay": False,
 }
 # States drawn independently may be out of a run's reach; these bring them back.
 REACHABLE = {

@@ -370,11 +370,12 @@ def test_gpu_dry_run_of_the_measuring_parts(tmp_path):
 
 def test_gpu_dry_run_of_the_lowrank_parts(tmp_path):
     """The measurements of projected steps, on small matrices and the reference's products."""
-    parts = ("lowrank_products", "lowrank_steps", "lowrank_refresh")
+    parts = ("lowrank_products", "lowrank_steps", "lowrank_refresh", "newton_schulz")
     options = ["--dry-run", *(word for part in parts for word in ("--part", part)), "--out", str(tmp_path)]
     logs = lambda: "\n".join((tmp_path / f"{part}.log").read_text() for part in parts)  # noqa: E731
     assert gpu.main(gpu_arguments(*options)) == 0, logs()
-    products, steps, refresh = (json.loads((tmp_path / f"{part}.json").read_text()) for part in parts)
+    products, steps, refresh, iterations = (json.loads((tmp_path / f"{part}.json").read_text()) for part in parts)
+    assert [r["in_use"] for r in iterations["records"]] == [False, True]
     assert not [d["left_out"] for d in (products, steps, refresh) if d["left_out"]]
     kernels = {str(kernel) for kernel in gpu_products.KERNELS}
     assert {r["kernel"] for r in products["records"]} == kernels

@@ -127,7 +127,7 @@ def test_every_rule_can_be_cautious(name):
         before = [p.detach().clone() for p in params]
         kwargs = {"loss": 1.0} if isinstance(opt, TakesLoss) else {}
         opt.step(**kwargs)
-        decay = opt.decay_mode_for(opt.param_groups[0]) != "coupled" and opt.param_groups[0]["weight_decay"] > 0
+        decay = any(opt.decay_mode_for(g) != "coupled" and g["weight_decay"] > 0 for g in opt.param_groups)
         for p, old in zip(params, before, strict=True):
             delta = p.detach() - old
             assert bool(delta.isfinite().all())

@@ -141,6 +141,8 @@ OURS = {
     "adaptive_upgd": {"options": {"sigma": 0.0}, "elementwise": False, "joint": True},
     "swats": {"adam": True, "elementwise": False, "joint": True},
     "dog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "joint": True, "momentum": False},
+    "trust_region": {"options": {"other_lr": None}},
+    "lanton": {"options": {"other_lr": None}},
     "ldog": {"lr": 1.0, "options": {"reps_rel": 1e-3}, "elementwise": False, "momentum": False},
 }
 

@@ -79,7 +79,10 @@ class ReferenceBackend(MatrixKernels):
         only_direction = work.phase == Phase.DIRECTION
         p = torch.zeros_like(g) if only_direction else work.precision.load(flat(item.param), companion, dtype)
         p = p.clone() if keep else p
-        named = {k: _as(v, p) for k, v in zip(rule.scalar_names, row.scalars, strict=True)}
+        scalars = row.scalars[
+            : len(rule.scalar_names)
+        ]  # a site launches rules over the rows of others whose first these are
+        named = {k: _as(v, p) for k, v in zip(rule.scalar_names, scalars, strict=True)}
         states = []
         for stored, scale, form, state in zip(item.states, item.scales, work.formats, rule.states, strict=True):
             x = form.decode(flat(stored), scale, state.signed, dtype, n)

@@ -46,6 +46,7 @@ class Projection:
     name: ClassVar[str]
     site: ClassVar[type]
     turns = False  # whether tensors change their rule from time to time: `turn` is called before each step
+    compares: ClassVar[bool] = False  # whether tensors' steps depend on each other's gradients
     low_rank_gradient: ClassVar[bool] = False  # R is all that a step needs of a gradient: projected_linear takes it
 
     def describe(self) -> dict:

@@ -5,6 +5,7 @@ Not a subspace: states have the parameter's shape. On a GPU matrices of one shap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,65 +13,74 @@ import torch
 
 from fusedopt.abi import Phase
 from fusedopt.newton_schulz import Coefficients, orthogonalize
+from fusedopt.noise_rates import NoiseRates, layer_rates
 from fusedopt.projections import base, ops
-from fusedopt.projections.pieces import FullSite, PieceLaunch
+from fusedopt.projections.pieces import FullSite, PieceLaunch, skipping
+from fusedopt.rule import get_rule
 
 # Elements of the matrices that go through the iteration together, at least one matrix: what fills a GPU
 TOGETHER, CPU_TOGETHER = 1 << 26, 0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ADJUST = ("original", "match_rms_adamw", "rms_to_rms", "none")
 
 
 class Batch:
-    """Slots whose matrices have one shape. Their directions fill a stack; the last slot of a step has all of them stepped."""
+    """Slots whose matrices have one shape. Each pass over them fills a stack; its last slot has all of them handled."""
 
     def __init__(self, site: OrthogonalSite):
         self.shape, self.dtype, self.projection = site.shape, site.direction_dtype, site.projection
         self.slots: list = []
         self.grads: list[torch.Tensor] = []
-        self.launches: list[PieceLaunch] | None = None
         self.stack: torch.Tensor | None = None
 
     def room(self) -> int:
         return len(self.slots) * self.shape[0] * self.shape[1]
 
-    def take(self, grad: torch.Tensor, steps) -> None:
+    def take(self, grad: torch.Tensor, steps, handle: Callable) -> None:
+        """Notes the gradient of the next slot; handle(batch, steps) is called with all of them."""
         self.grads.append(grad)
         if len(self.grads) == len(self.slots):
             try:
-                self._step(steps)
+                if self.stack is None:
+                    buffer = steps.scratch(0, self.room(), self.dtype, full=True)
+                    self.stack = buffer.view(len(self.slots), *self.shape)
+                handle(self, steps)
             finally:
                 self.grads.clear()
 
-    def _make_launches(self, steps) -> None:
-        buffer = steps.scratch(0, self.room(), self.dtype, full=True)
-        self.stack = buffer.view(len(self.slots), *self.shape)
-        self.launches = [
-            PieceLaunch(slot.site.pieces, slot, steps.scalars, slot.row, slot.rule, Phase.DIRECTION, target=target,
-                        states=[slot.site.stored(slot, name) for name in slot.rule.state_names], grad_dtype=grad.dtype)
-            for slot, target, grad in zip(self.slots, self.stack, self.grads, strict=True)
-        ]  # fmt: skip
+    def each(self):
+        """(slot, its matrix of the stack, its gradient)"""
+        return zip(self.slots, self.stack, self.grads, strict=True)
 
-    def _step(self, steps) -> None:
-        if self.launches is None:
-            self._make_launches(steps)
-        for slot, launch, grad in zip(self.slots, self.launches, self.grads, strict=True):
-            launch.use(grad, steps.scale, steps.clip, steps.found)
-            for i in range(len(slot.site.pieces.pieces)):
-                launch.run(i)
-        backend = self.slots[0].key.backend
-        factors = orthogonalize(self.stack, self.projection.coefficients, self.projection.eps, backend)
-        for slot, factor in zip(self.slots, factors, strict=True):
-            work = replace(steps.work(slot, factor), grad_scale=None, clip=None, scale=slot.site.scale)
-            ops.apply(slot.key.backend, work)
+    def factors(self) -> torch.Tensor:
+        return orthogonalize(self.stack, self.projection.coefficients, self.projection.eps, self.slots[0].key.backend)
+
+
+class NoiseGroup:
+    """Sites of a group whose learning rates are compared, and the rate of each for this step."""
+
+    def __init__(self, alpha: float):
+        self.alpha, self.sites = alpha, []
+        self.rates: dict[OrthogonalSite, torch.Tensor] = {}
+
+    def rate(self, site: OrthogonalSite) -> torch.Tensor:
+        """0-dim. The first site that asks after a change has all computed."""
+        if not self.rates:
+            noise = torch.stack([s.entry["noise"][0] for s in self.sites])
+            self.rates = dict(zip(self.sites, layer_rates(noise, self.alpha).unbind(), strict=True))
+        return self.rates[site]
 
 
 class OrthogonalSite(FullSite):
     """One matrix of Muon. `scale` is what its orthogonal factor is multiplied by, beside the learning rate."""
 
+    momentum_rule = "muon"  # the direction whose orthogonal factor is taken
+
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
         self.scale = projection.scale_for(p.shape)
         self.direction_dtype = torch.float64 if self.dtype == torch.float64 else DTYPES[projection.dtype]
+        self.launches: dict[str, PieceLaunch] = {}
 
     def bind(self, slot, steps) -> None:
         self.pieces = self.pieces_of(slot, steps, self.shape)
@@ -81,21 +91,84 @@ class OrthogonalSite(FullSite):
             batch = steps.shared[key] = Batch(self)
         batch.slots.append(slot)
         self.batch, self.full_room = batch, batch.room()
+        if self.projection.noise is not None:
+            ball = ("noise", slot.group, self.projection)
+            self.noise_group = steps.shared.setdefault(ball, NoiseGroup(self.projection.noise.alpha))
+            self.noise_group.sites.append(self)
+
+    def launch(self, name: str, slot, steps, grad: torch.Tensor, target: torch.Tensor, row: int, *, own: bool,
+               clip: torch.Tensor | None = None) -> None:  # fmt: skip
+        """One pass of the rule `name` over a gradient into a buffer that lives as long as the plan. own: the gradient is the
+        parameter's, still to be unscaled and clipped; else `clip`, fp32 [1], multiplies it."""
+        if name not in self.launches:
+            rule = get_rule(name)
+            states = [self.stored(slot, state) for state in rule.state_names]
+            self.launches[name] = PieceLaunch(self.pieces, slot, steps.scalars, row, rule, Phase.DIRECTION, target=target,
+                                              states=states, grad_dtype=grad.dtype)  # fmt: skip
+        launch = self.launches[name]
+        launch.use(grad, steps.scale if own else None, steps.clip if own else clip, steps.found)
+        for i in range(len(self.pieces.pieces)):
+            launch.run(i)
+
+    def direct(self, slot, steps, grad: torch.Tensor, target: torch.Tensor) -> None:
+        """Fills `target` with what becomes orthogonal, and updates the momentum."""
+        self.launch(self.momentum_rule, slot, steps, grad, target, slot.row, own=True)
+
+    def finish(self, batch: Batch, steps, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The updates of a batch from its orthogonal factors, and numbers [slots] that multiply them, or None."""
+        return factors, None
+
+    def before(self, grad, step, slot, steps) -> None:
+        if self.projection.noise is not None:
+            self.batch.take(grad, steps, measure_noise)
 
     def after(self, grad, slot, steps) -> None:
-        self.batch.take(grad, steps)
+        self.batch.take(grad, steps, step_together)
 
     def operations(self, slot) -> list[base.Operation]:
         states = [t for name in slot.rule.state_names for t in self.stored(slot, name)[:2]]
         size = slot.param.numel()
         momentum = size * (slot.grad_dtype.itemsize + self.direction_dtype.itemsize) + 2 * base.nbytes(*states)
-        products = 3 * len(self.projection.coefficients)
+        products = 3 * len(self.projection.coefficients) * (1 if self.projection.noise is None else 2)
         update = size * self.direction_dtype.itemsize + sum(base.weight_bytes(slot))
         return [
             base.Operation("momentum", momentum),
             base.Operation("Newton-Schulz", products * 2 * size * self.direction_dtype.itemsize),
             base.Operation("update", update),
         ]
+
+
+def step_together(batch: Batch, steps) -> None:
+    """The step of all slots of a batch."""
+    for slot, target, grad in batch.each():
+        slot.site.direct(slot, steps, grad, target)
+    factors, numbers = batch.slots[0].site.finish(batch, steps, batch.factors())
+    if batch.projection.noise is not None:
+        rates = torch.stack([slot.site.noise_group.rate(slot.site) for slot in batch.slots])
+        numbers = rates if numbers is None else numbers * rates
+    if numbers is not None:  # one for each row of a matrix
+        wide = torch.float64 if batch.dtype == torch.float64 else torch.float32
+        numbers = numbers.to(wide).view(-1, 1).expand(-1, batch.shape[0]).contiguous()
+    for i, (slot, factor) in enumerate(zip(batch.slots, factors, strict=True)):
+        row_factor = None if numbers is None else numbers[i]
+        work = replace(
+            steps.work(slot, factor), grad_scale=None, clip=None, scale=slot.site.scale, row_factor=row_factor
+        )
+        ops.apply(slot.key.backend, work)
+
+
+def measure_noise(batch: Batch, steps) -> None:
+    """Averages the squared dual norm of the change of each gradient: its nuclear norm <D, UV^T>, times the ball's scale."""
+    for slot, target, grad in batch.each():
+        slot.site.noise_group.rates = {}
+        slot.site.launch("difference", slot, steps, grad, target, slot.row, own=True)
+    factors, kept = batch.factors(), batch.projection.noise.beta2
+    for slot, change, factor in zip(batch.slots, batch.stack, factors, strict=True):
+        memory = slot.site.entry["noise"]  # the average, and 1 once there is a gradient to compare with
+        size = slot.site.scale * (change * factor).sum(dtype=memory.dtype)
+        average, seen = memory.unbind()
+        new = kept * average + (1 - kept) * size.square()
+        skipping(steps.found, torch.stack([torch.where(seen > 0, new, average), torch.ones_like(seen)]), memory)
 
 
 @dataclass(frozen=True)
@@ -106,7 +179,9 @@ class Orthogonal(base.Projection):
         coefficients: of each Newton-Schulz step. eps: the least norm. dtype: of the products, "bf16" or "fp32" (fp64 parameters
             take fp64).
         adjust: what s is for a matrix [rows, cols]: "original", sqrt(max(1, rows / cols)); "match_rms_adamw", 0.2 sqrt(max(rows,
-            cols)); "none", 1. Convolution weights are [out, in h w].
+            cols)); "rms_to_rms", sqrt(rows / cols); "none", 1. Convolution weights are [out, in h w].
+        noise: None, or how learning rates depend on the noise of layers' gradients (fusedopt.noise_rates). Keeps the last
+            gradient, and takes a second iteration.
     """
 
     name: ClassVar[str] = "orthogonal"
@@ -116,6 +191,11 @@ class Orthogonal(base.Projection):
     eps: float = 1e-7
     adjust: str = "original"
     dtype: str = "bf16"
+    noise: NoiseRates | None = None
+
+    @property
+    def compares(self) -> bool:
+        return self.noise is not None
 
     def refuses(self, p):
         return None if base.matrix_shape(p) is not None else f"{p.dim()}-D tensors are no matrices"
@@ -123,9 +203,15 @@ class Orthogonal(base.Projection):
     def scale_for(self, shape: torch.Size) -> float:
         rows = shape[0]
         cols = shape.numel() // rows
-        if self.adjust == "none":
-            return 1.0
-        return 0.2 * max(rows, cols) ** 0.5 if self.adjust == "match_rms_adamw" else max(1.0, rows / cols) ** 0.5
+        if self.adjust == "original":
+            return max(1.0, rows / cols) ** 0.5
+        if self.adjust == "match_rms_adamw":
+            return 0.2 * max(rows, cols) ** 0.5
+        return (rows / cols) ** 0.5 if self.adjust == "rms_to_rms" else 1.0
 
     def state_like(self, p, name):
         return p
+
+    def tensors(self, p):
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return {} if self.noise is None else {"noise": ((2,), wide)}
