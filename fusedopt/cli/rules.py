@@ -84,7 +84,9 @@ def states_and_costs(cls: type) -> tuple[list[str], list[str]]:
         memory = cls.rule_for(opt.param_groups[0]).memory
         if not names:
             others = {"step", *memory, *(f"{t.name}_steps" for t in opt.gradient_transforms if t.counts)}
-            names = [f"`{n}`" for n in opt.state[p] if n not in others]
+            names = [
+                f"`{n}`{'' if v.numel() > 2 else ' (two numbers)'}" for n, v in opt.state[p].items() if n not in others
+            ]
             names += [f"`{n}` (a number)" for n in memory]
         costs.append(f"{state_bytes(opt) / p.numel():.3g}")
     return names, costs[:1] if len(set(costs)) == 1 else costs

@@ -132,7 +132,7 @@ class AdaMuon(MatrixOrAdam):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a vector is to be made orthogonal.
-    Source: arXiv 2507.11005, algorithm 1, and its published code for beta2 and eps.
+    Source: arXiv 2507.11005, algorithm 1; beta2 and eps are those of its published code.
     """
 
     def __init__(
