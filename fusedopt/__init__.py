@@ -6,6 +6,7 @@ from fusedopt.factory import create
 from fusedopt.federated import pseudo_gradient
 from fusedopt.files import latest_checkpoint, load_checkpoint, save_checkpoint
 from fusedopt.formats import list_formats
+from fusedopt.lora import LoraPair, lora_one_init_, lora_pairs, lora_plus_groups
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.numerics import NonFiniteError, check_numerics
 from fusedopt.offloading import offload
@@ -41,7 +42,8 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
-from fusedopt.model_building import SMB  # noqa: E402  (it steps by a rule)
+from fusedopt.lora_optimizers import LoFTAdamW, LoRAProAdamW  # noqa: E402  (these step by rules)
+from fusedopt.model_building import SMB  # noqa: E402
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...
@@ -60,6 +62,9 @@ __all__ = [
     "FusedOptimizer",
     "GaLore",
     "GradES",
+    "LoFTAdamW",
+    "LoRAProAdamW",
+    "LoraPair",
     "Int8Weight",
     "QGaLore",
     "NonFiniteError",
@@ -86,6 +91,9 @@ __all__ = [
     "list_rules",
     "list_transforms",
     "load_checkpoint",
+    "lora_one_init_",
+    "lora_pairs",
+    "lora_plus_groups",
     "offload",
     "override",
     "pcgrad",

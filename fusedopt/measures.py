@@ -48,7 +48,7 @@ def needs_all_gradients(opt) -> bool:
     """Whether a step of some parameters would need sums over others, or numbers that are given when all gradients are there."""
     rules = [opt.rule_for(group) for group in opt.param_groups]
     measures = [rule.measures for rule in rules if rule.measures is not None]
-    return any(m.scope != "tensor" or m.given for m in measures)
+    return opt.steps_together or any(m.scope != "tensor" or m.given for m in measures)
 
 
 def choose(condition, a, b):
