@@ -19,7 +19,7 @@ class LoraPair:
     """One adapter: its product scale * B @ A is what is added to a weight.
 
     name: of its module, with the adapter's name where there are several. A: [r, n]. B: [m, r]. scale: s.
-    transposed: whether the weight is [n, m], as that of an embedding is.
+    transposed: whether the weight is [n, m], as that of an embedding is. embedding: whether it is an embedding's.
     """
 
     name: str
@@ -27,6 +27,7 @@ class LoraPair:
     B: torch.Tensor
     scale: float = 1.0
     transposed: bool = False
+    embedding: bool = False
 
     def __post_init__(self):
         a, b, what = tuple(self.A.shape), tuple(self.B.shape), f"LoRA pair {self.name!r}"
@@ -112,7 +113,9 @@ def _pairs_of(name: str, module: nn.Module, first, second, attributes, adapters)
                 "stepped like any other parameter."
             )
         x, y = _factor(own, a, x), _factor(own, b, y)
-        yield LoraPair(own, x, y, _scale(module, adapter, x.shape[0]), "embedding" in a)
+        embedding = "embedding" in a
+        transposed = embedding or bool(getattr(module, "fan_in_fan_out", False))
+        yield LoraPair(own, x, y, _scale(module, adapter, x.shape[0]), transposed, embedding)
 
 
 def _factor(name: str, attribute: str, x) -> torch.Tensor:
@@ -186,7 +189,7 @@ def lora_plus_groups(
     pairs, whole = as_pairs(model_or_pairs), isinstance(model_or_pairs, nn.Module)
     role: dict[int, str] = {}
     for pair in pairs:
-        own = pair.transposed and embedding_lr is not None
+        own = pair.embedding and embedding_lr is not None
         role |= {id(pair.A): "embedding" if own else "A", id(pair.B): "embedding" if own else "B"}
     if whole:
         named = [(n, p) for n, p in model_or_pairs.named_parameters() if p.requires_grad]
@@ -213,7 +216,8 @@ def lora_one_init_(pairs: Sequence[LoraPair], gradients: Sequence[torch.Tensor],
     When to use it: before the first step of fine-tuning with the `LoRAOne` transform; it takes one full gradient of each weight.
 
     Args:
-        pairs: of `lora_pairs`. gradients: of each the gradient [m, n] of the loss by its weight ([n, m] of an embedding), in order.
+        pairs: of `lora_pairs`. gradients: of each the gradient [m, n] of the loss by its weight, in order;
+            [n, m] where a pair is transposed.
         gamma: how small the start is.
     Raises:
         ValueError: shapes do not fit, a gradient is zero or not finite, or gamma is not positive. No factor is changed then.
