@@ -422,3 +422,64 @@ def test_sharded_factors_are_refused(one_process):
                 continue
             with pytest.raises(RuntimeError, match=r"parameter [01] \(shape \(3, 9\).*DTensor"):
                 opt.step()
+
+
+class Wide(nn.Module):
+    """One adapter of a weight [150, columns]: several pieces of a native step, of whole rows or not."""
+
+    def __init__(self, columns: int):
+        super().__init__()
+        torch.manual_seed(3)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(4, columns)), nn.Parameter(torch.randn(150, 4))
+
+
+@pytest.mark.parametrize("columns", [256, 251])
+def test_pieces_and_chunks_change_nothing(monkeypatch, columns):
+    """Whole tensors in the reference, rows and columns a few at a time elsewhere; 8-bit moments in whole blocks of them."""
+    from fusedopt.projections import loft
+
+    for maker, options in (("lora_pro_adamw", {"state_format": "int8"}), ("loft_both", {"weight_decay": 0.0})):
+        runs = []
+        for backend in ("reference", None):
+            if backend is None:
+                monkeypatch.setattr(loft, "CPU_CHUNK", 150 * 33)
+            net = Wide(columns)
+            opt = MAKERS[maker](net, lr=1e-2, backend=backend, **options)
+            for step in range(4):
+                gen = torch.Generator().manual_seed(step)
+                full = torch.randn(150, columns, generator=gen)
+                net.lora_A.grad, net.lora_B.grad = net.lora_B.detach().t() @ full, full @ net.lora_A.detach().t()
+                opt.step()
+            runs.append(weights(net))
+        sites = [slot.site for slot in opt._plan.slots]
+        assert maker != "lora_pro_adamw" or len(sites[1].pieces.pieces) > 1
+        start = weights(Wide(columns))
+        for p, q, p0 in zip(*runs, start, strict=True):
+            assert (p - q).norm() <= 1e-3 * (p - p0).norm()
+
+
+@pytest.mark.parametrize("maker", ["lora_pro_adamw", "loft"])
+def test_states_are_exported_and_imported(maker, tmp_path):
+    one, two = model(torch.float32, zero=False), model(torch.float32, zero=False)
+    opts = [MAKERS[maker](net, lr=1e-2) for net in (one, two)]
+    backward(one, 0)
+    opts[0].step()
+    two.load_state_dict(one.state_dict())
+    fusedopt.export_states(opts[0], tmp_path / "s.safetensors", one)
+    fusedopt.import_states(opts[1], tmp_path / "s.safetensors", two)
+    for net, opt in zip((one, two), opts, strict=True):
+        backward(net, 1)
+        opt.step()
+    assert_same_bits(everything(two, opts[1]), everything(one, opts[0]))
+
+
+@each
+def test_compiled_steps_give_the_same_bits(maker):
+    one, two = model(torch.float32, zero=False), model(torch.float32, zero=False)
+    opts = [MAKERS[maker](net, lr=1e-2) for net in (one, two)]
+    step_op = torch.compile(opts[0].step, backend="eager", fullgraph=True)
+    for step in range(3):
+        for net, do in ((one, step_op), (two, opts[1].step)):
+            backward(net, step)
+            do()
+    assert_same_bits(everything(one, opts[0]), everything(two, opts[1]))

@@ -21,7 +21,7 @@ class LoraProSite(PairSite):
     def bind(self, slot, steps) -> None:
         super().bind(slot, steps)
         if self.projection.role == "B":
-            self.pieces = self.pieces_of(slot, steps, self.projection.pair.shape, whole_rows=True)
+            self.pieces = self.pieces_of(slot, steps, self.projection.pair.shape)
             self.launch: PieceLaunch | None = None
 
     def step_pairs(self, pairs: list[Both], steps) -> None:
@@ -54,9 +54,12 @@ class LoraProSite(PairSite):
             full.addmm_(towards_b[rows], a).mul_(s)
             self.launch.run(i)
             n = self.pieces.rows_of(piece, direction)
+            skipped = piece.first - piece.row * n.shape[1]  # of a row that began in the last piece
+            n.view(-1)[:skipped] = 0.0
+            n.view(-1)[skipped + piece.last - piece.first :] = 0.0
             for_a.addmm_(b[rows].t(), n, alpha=s)
-            torch.mm(n, a.t(), out=for_b[rows])
-        return for_a, for_b.mul_(s)
+            for_b[rows].addmm_(n, a.t(), alpha=s)
+        return for_a, for_b
 
 
 @dataclass(frozen=True)
