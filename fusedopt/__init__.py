@@ -26,6 +26,7 @@ from fusedopt.projections import (
     SubspaceMomentum,
     list_projections,
 )
+from fusedopt.projections.sparse_grad import GradientBasis, SparseGrad, sparse_grad_bases
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
@@ -62,6 +63,7 @@ __all__ = [
     "FusedOptimizer",
     "GaLore",
     "GradES",
+    "GradientBasis",
     "LoFTAdamW",
     "LoRAProAdamW",
     "LoraPair",
@@ -70,6 +72,7 @@ __all__ = [
     "NonFiniteError",
     "ReleasedGradients",
     "SMB",
+    "SparseGrad",
     "UDoG",
     "SubsetNorm",
     "SubspaceMomentum",
@@ -106,6 +109,7 @@ __all__ = [
     "ranger21_schedule",
     "release_gradients",
     "save_checkpoint",
+    "sparse_grad_bases",
     "state_bytes",
     "use_backend",
 ]
