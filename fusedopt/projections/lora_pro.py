@@ -55,8 +55,8 @@ class LoraProSite(PairSite):
             self.launch.run(i)
             n = self.pieces.rows_of(piece, direction)
             skipped = piece.first - piece.row * n.shape[1]  # of a row that began in the last piece
-            n.view(-1)[:skipped] = 0.0
-            n.view(-1)[skipped + piece.last - piece.first :] = 0.0
+            n.view(-1)[:skipped].zero_()
+            n.view(-1)[skipped + piece.last - piece.first :].zero_()
             for_a.addmm_(b[rows].t(), n, alpha=s)
             for_b[rows].addmm_(n, a.t(), alpha=s)
         return for_a, for_b
