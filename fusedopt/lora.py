@@ -59,7 +59,8 @@ def lora_pairs(
 
     Found are PEFT's layers (lora_A and lora_B by adapter, also those of embeddings) and any module with the attributes lora_A and
     lora_B, or lora_down and lora_up, that are parameters or nn.Linear layers. s is PEFT's scaling[adapter]; else the module's
-    `scaling`, or alpha / r of its `alpha` or `lora_alpha`, or 1. peft is not needed.
+    `scaling`, or alpha / r of its `alpha` or `lora_alpha`, or 1; as it is now, so call it again where that changes. peft is not
+    needed.
 
     Args:
         model: a module.

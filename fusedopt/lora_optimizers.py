@@ -70,11 +70,13 @@ class StepsPairs(FusedOptimizer):
                     f"{what} is a factor of {pair.name!r}, whose other factor has no gradient or is not this optimizer's. Train "
                     "both, or leave the pair out: pairs=lora_pairs(model, filter=...)."
                 )
-            if live and pair.A.device != pair.B.device:
-                what = describe(type(self).__name__, a, params[a])
-                raise RuntimeError(
-                    f"{what}: the other factor of {pair.name!r} is on {pair.B.device}. Put them on one device."
-                )
+            if not live:
+                continue
+            what = f"{describe(type(self).__name__, a, params[a])}: the other factor of {pair.name!r}"
+            if pair.A.device != pair.B.device:
+                raise RuntimeError(f"{what} is on {pair.B.device}. Put them on one device.")
+            if len({torch.float64 in (params[i].dtype, grads[i].dtype) for i in live}) > 1:
+                raise RuntimeError(f"{what} is {pair.B.dtype}: float64 goes with float64 only. Give both one dtype.")
         super()._step_tensors(params, grads)
 
 

@@ -483,3 +483,22 @@ def test_compiled_steps_give_the_same_bits(maker):
             backward(net, step)
             do()
     assert_same_bits(everything(one, opts[0]), everything(two, opts[1]))
+
+
+def test_dtypes_of_factors_may_differ_but_for_fp64():
+    for cls in (fusedopt.LoRAProAdamW, fusedopt.LoFTAdamW):
+        for a, b in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float64, torch.float32)):
+            net = Wide(256)
+            net.lora_A.data, net.lora_B.data = net.lora_A.data.to(a), net.lora_B.data.to(b)
+            net.lora_A.grad, net.lora_B.grad = torch.ones_like(net.lora_A), torch.ones_like(net.lora_B)
+            opt, before = (
+                cls(net, lr=0.1, alternate=False) if cls is fusedopt.LoFTAdamW else cls(net, lr=0.1),
+                weights(net),
+            )
+            if a == torch.float64:
+                with pytest.raises(RuntimeError, match="float64 goes with float64 only"):
+                    opt.step()
+                assert_same_bits(weights(net), before)
+                continue
+            opt.step()
+            assert all(p.isfinite().all() and not torch.equal(p, q) for p, q in zip(weights(net), before, strict=True))

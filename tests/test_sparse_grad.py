@@ -7,6 +7,7 @@ import torch
 from configs import BACKENDS, assert_same_bits, backend_argument
 from torch import nn
 from trainer_data import one_thread  # noqa: F401
+from waits import NoWaiting
 
 import fusedopt
 
@@ -224,3 +225,14 @@ def test_refuses():
     odd.grad = torch.randn(5, 4)
     opt.step()
     assert "there is no basis of shape (5, 4)" in opt.plan().explain()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference reads its numbers")
+def test_nothing_waits_for_the_device():
+    bases, net = bases_of(mlps()), mlps(torch.float32)
+    opt = optimizer(net, bases, lr=torch.tensor(0.01), capturable=True, amp_fused=True)
+    opt.grad_scale, opt.found_inf = torch.ones(1), torch.zeros(1)
+    backward(net, 0)
+    opt.step()
+    with NoWaiting():
+        opt.step()

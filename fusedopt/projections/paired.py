@@ -69,8 +69,6 @@ class PairSite(FullSite):
         self.member = projection.pair, projection.role
         self.counting = projection.role  # scalar rows: factors may decay at different steps
         self.transposed = not p.is_contiguous()  # in memory; a dense matrix is nothing else
-        wide = torch.float64 in (self.dtype, projection.pair.A.dtype, projection.pair.B.dtype)
-        self.dtype = torch.float64 if wide else torch.float32
 
     def bind(self, slot, steps) -> None:
         self.crew = steps.shared.setdefault(("pairs", type(self)), Crew())

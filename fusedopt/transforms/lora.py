@@ -79,7 +79,8 @@ class LoRAPro(OfPairs):
 
     Args:
         pairs: of `lora_pairs`, or the model itself.
-        damping: of the inverses, at least what rounding in fp64 needs. Where B is zero, as at the first step, g_A stays zero.
+        damping: of the inverses, at least what rounding in fp64 needs. Where B is zero, as at the first step, g_A stays zero; while
+            B is small, a larger one (1e-4) keeps the first steps of A in bounds, and what 16-bit gradients lose out of them.
     State: none. r x r matrices of all pairs of one rank are inverted together, in fp64; about ten products of r x r matrices
     with each factor, and fp64 copies of one factor at a time. What the damping leaves of B^T t_B goes into X, so that X is the
     exact minimiser for every damping.
