@@ -61,6 +61,11 @@ class StepsPairs(FusedOptimizer):
 
     def _step_tensors(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
         place = {id(p): i for i, p in enumerate(params)}
+        if not any(id(x) in place for pair in self.pairs for x in (pair.A, pair.B)):
+            raise RuntimeError(
+                f"{type(self).__name__}: none of its pairs is among its parameters. Something has replaced them (FSDP, DeepSpeed): "
+                "make the optimizer of the parameters that are there, or use AdamW."
+            )
         for pair in self.pairs:
             a, b = (place.get(id(x)) for x in (pair.A, pair.B))
             live = [i for i in (a, b) if i is not None and grads[i] is not None]

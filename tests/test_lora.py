@@ -373,6 +373,18 @@ def test_what_the_optimizers_refuse():
             opt.step()
 
 
+def test_pairs_that_were_replaced_are_missed():
+    net = model(torch.float32)
+    for cls in (fusedopt.LoRAProAdamW, fusedopt.LoFTAdamW):
+        opt = cls(net)
+        group = opt.param_groups[0]
+        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="none of its pairs is among its parameters"):
+            opt.step()
+
+
 def test_frozen_and_grouped_pairs():
     """Groups with rates of their own; a frozen pair; what is trained elsewhere."""
     net = model(torch.float32, zero=False)
