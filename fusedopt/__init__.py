@@ -6,6 +6,7 @@ from fusedopt.factory import create
 from fusedopt.federated import pseudo_gradient
 from fusedopt.files import latest_checkpoint, load_checkpoint, save_checkpoint
 from fusedopt.formats import list_formats
+from fusedopt.lora import LoraPair, lora_one_init_, lora_pairs, lora_plus_groups
 from fusedopt.norms import clip_grad_norm_, global_norm
 from fusedopt.numerics import NonFiniteError, check_numerics
 from fusedopt.offloading import offload
@@ -25,6 +26,7 @@ from fusedopt.projections import (
     SubspaceMomentum,
     list_projections,
 )
+from fusedopt.projections.sparse_grad import GradientBasis, SparseGrad, sparse_grad_bases
 from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.release import ReleasedGradients, release_gradients
 from fusedopt.rule import list_rules
@@ -41,7 +43,8 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
-from fusedopt.model_building import SMB  # noqa: E402  (it steps by a rule)
+from fusedopt.lora_optimizers import LoFTAdamW, LoRAProAdamW  # noqa: E402  (these step by rules)
+from fusedopt.model_building import SMB  # noqa: E402
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...
@@ -60,11 +63,16 @@ __all__ = [
     "FusedOptimizer",
     "GaLore",
     "GradES",
+    "GradientBasis",
+    "LoFTAdamW",
+    "LoRAProAdamW",
+    "LoraPair",
     "Int8Weight",
     "QGaLore",
     "NonFiniteError",
     "ReleasedGradients",
     "SMB",
+    "SparseGrad",
     "UDoG",
     "SubsetNorm",
     "SubspaceMomentum",
@@ -86,6 +94,9 @@ __all__ = [
     "list_rules",
     "list_transforms",
     "load_checkpoint",
+    "lora_one_init_",
+    "lora_pairs",
+    "lora_plus_groups",
     "offload",
     "override",
     "pcgrad",
@@ -98,6 +109,7 @@ __all__ = [
     "ranger21_schedule",
     "release_gradients",
     "save_checkpoint",
+    "sparse_grad_bases",
     "state_bytes",
     "use_backend",
 ]

@@ -49,7 +49,8 @@ def needs_all_gradients(opt) -> bool:
     rules = [opt.rule_for(group) for group in opt.param_groups]
     measures = [rule.measures for rule in rules if rule.measures is not None]
     projections = [p for group in opt.param_groups if (p := group["projection"]) is not None]
-    return any(m.scope != "tensor" or m.given or m.compares for m in measures) or any(p.compares for p in projections)
+    compared = opt.steps_together or any(p.compares for p in projections)
+    return compared or any(m.scope != "tensor" or m.given or m.compares for m in measures)
 
 
 def choose(condition, a, b):

@@ -63,6 +63,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
     needs_shapes = False  # whether the rule looks at a tensor's dimensions, beside trust ratios and projections
     torch_counts_steps = True  # whether the torch.optim class of the rule keeps a step in its state
     splits_models = False  # whether it takes a module and groups its parameters by itself
+    steps_together = False  # whether some parameters step only together with others
     given: dict[str, torch.Tensor] = {}  # numbers that the rule is handed with this step (Measures.given)
 
     def __init__(

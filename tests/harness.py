@@ -114,7 +114,7 @@ RATIOS = {
     ("laprop_centered", "exp_avg"),
 }
 TERMS = {"exadam": 2}  # quotients that a direction is the sum of, where they are more than one
-DECAY = {"adam": "decoupled", "lion": "decoupled", "lamb": "rule"}
+DECAY = {"adam": "decoupled", "adam_lazy": "decoupled", "lion": "decoupled", "lamb": "rule"}
 
 
 @dataclass

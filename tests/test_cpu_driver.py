@@ -334,7 +334,7 @@ def test_support_and_reasons(monkeypatch):
 def test_native_rules_match_the_declarations():
     backend = cpu.CpuBackend()
     key = make_problem("adam").work.key
-    for name in (*list_rules(), "ema", "adam_denominator"):
+    for name in (*list_rules(), "ema", "adam_denominator", "adam_lazy"):
         assert backend.supports(key._replace(rule=name)) is None
 
 

@@ -1,11 +1,11 @@
 """Steps in pieces against the same rule in one launch: equal to the bit, whatever the format, precision and shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from configs import native_cpu
-from harness import RULES, assert_bitwise, assert_guards, clone, make_problem, snapshot
+from harness import RULES, assert_bitwise, assert_close, assert_guards, clone, make_problem, oracle, snapshot
 
 from fusedopt.abi import GRAIN_SIZE, Column, Phase
 from fusedopt.backends.select import get_backend
@@ -176,3 +176,27 @@ def test_a_table_row_says_where_the_tensor_lies():
     assert set(launch.table[Column.PARAM].tolist()) == {item.param.data_ptr()}
     assert set(launch.table[Column.META].tolist()) == {item.tensor_id << 32 | 1}
     assert "adam" in RULES and launch.works[0].key.precision == "nearest"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_a_lazy_adam_leaves_elements_without_a_gradient(form, backend):
+    """Others are Adam's; in 8 bits an element that stays may take another code where its block's scale grows."""
+    usable(backend)
+    gone = torch.arange(2500) % 3 > 0
+
+    def some(g, i):
+        return torch.where(gone, 0.0, g)
+
+    before = make_problem("adam_lazy", (2500,), formats=form, grad_values=some)
+    problem, whole = (make_problem(rule, (2500,), formats=form, grad_values=some) for rule in ("adam_lazy", "adam"))
+    old, (got, want) = before.work.items[0], (p.work.items[0] for p in (problem, whole))
+    for p in (problem, whole):
+        get_backend(backend).launch(replace(p.work, phase=Phase.FUSED))
+    assert_close(problem, oracle(before))
+    decayed = old.param * (1 - before.work.numbers[0].decay)
+    torch.testing.assert_close(got.param[gone], decayed[gone], rtol=1e-6, atol=1e-8)
+    assert torch.equal(got.param[~gone], want.param[~gone])
+    if form == "fp32":
+        for state, first, last in zip(got.states, old.states, want.states, strict=True):
+            assert torch.equal(state[gone], first[gone]) and torch.equal(state[~gone], last[~gone])

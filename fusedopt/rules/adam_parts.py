@@ -1,14 +1,20 @@
-"""Two halves of Adam as building blocks for projections: the moving average alone, and Adam over a given numerator.
+"""Parts of Adam as building blocks for projections: the moving average alone, Adam over a given numerator, and a lazy Adam.
 
-Both read Adam's scalar row with eps beside sqrt(v), as the papers of the projections have it (their "sqrt(v) + eps" with the
-bias correction outside), so that one row serves the launches of both. No optimizer class steps them alone.
+The first two read Adam's scalar row with eps beside sqrt(v), as the papers of the projections have it (their "sqrt(v) + eps"
+with the bias correction outside), so that one row serves the launches of both. The lazy one is torch.optim.SparseAdam's masking
+with AdamW's own eps. No optimizer class steps them alone.
 """
 
 from __future__ import annotations
 
+import torch
+
 from fusedopt.kernels.language import jit, tl
 from fusedopt.rule import Rule, State, register
-from fusedopt.rules.adam import NAMES
+from fusedopt.rules.adam import MOMENTS, NAMES
+from fusedopt.rules.adam import direction as adam_direction
+from fusedopt.rules.adam import reference as adam_reference
+from fusedopt.rules.adam import scalars as adam_scalars
 
 
 def scalars(h, step):
@@ -40,6 +46,18 @@ def direction_denominator(g, p, exp_avg, exp_avg_sq, c):
     return u, exp_avg, exp_avg_sq
 
 
+def reference_lazy(g, p, m, v, **numbers):
+    seen, new = g != 0, adam_reference(g, p, m, v, **numbers)
+    return tuple(torch.where(seen, x, old) for x, old in zip(new, (torch.zeros_like(g), m, v), strict=True))
+
+
+@jit
+def direction_lazy(g, p, exp_avg, exp_avg_sq, c):
+    u, m, v = adam_direction(g, p, exp_avg, exp_avg_sq, c)
+    seen = g != 0.0
+    return tl.where(seen, u, 0.0), tl.where(seen, m, exp_avg), tl.where(seen, v, exp_avg_sq)
+
+
 # u is the moving average of the gradients, without bias correction.
 EMA = register(Rule("ema", (State("exp_avg"),), NAMES, scalars, reference_ema, direction_ema, internal=True))
 
@@ -55,3 +73,6 @@ ADAM_DENOMINATOR = register(
         internal=True,
     )
 )
+
+# Elements without a gradient keep their moments, and do not move.
+ADAM_LAZY = register(Rule("adam_lazy", MOMENTS, NAMES, adam_scalars, reference_lazy, direction_lazy, internal=True))
