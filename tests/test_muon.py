@@ -74,12 +74,14 @@ def test_equals_torch(options):
         opt.step()
         other.step()
     for p, q, first in zip(one, two, start, strict=True):
-        assert float((p - q).norm() / (q - first).norm()) < 0.02
+        assert float((p - q).detach().norm() / (q - first).detach().norm()) < 0.02
 
 
-@pytest.mark.parametrize("steps", [10, 200])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "steps,backend,dtype",
+    [(200, BACKENDS[-1], torch.float32), (10, "reference", torch.float32), (10, "reference", torch.float64)],
+    ids=str,
+)
 def test_trajectory(steps, backend, dtype):
     """With products in fp32: Newton-Schulz multiplies small differences of the momentum by up to a^5 = 485."""
     mine, exact_params = parameters(*SHAPES, dtype=dtype), parameters(*SHAPES, dtype=torch.float64)
@@ -95,7 +97,7 @@ def test_trajectory(steps, backend, dtype):
         opt.step()
         oracle.step()
     for p, q, first in zip(mine, exact_params, start, strict=True):
-        error = float((p.double() - q).norm() / (q - first).norm())
+        error = float((p.double() - q).detach().norm() / (q - first).detach().norm())
         assert error <= (1e-10 if dtype == torch.float64 else 1e-5)
 
 
@@ -147,7 +149,7 @@ def test_narrow_momentum(form):
             opt.step()
     bound = {"bf16": 0.05, "int8": 0.1, "int4": 0.6}[form]
     for p, q, first in zip(one, two, start, strict=True):
-        assert float((p - q).norm() / (p - first).norm()) < bound
+        assert float((p - q).detach().norm() / (p - first).detach().norm()) < bound
     assert (
         fusedopt.state_bytes(narrow)
         < fusedopt.state_bytes(exact_opt) * {"bf16": 0.51, "int8": 0.27, "int4": 0.15}[form]
