@@ -41,7 +41,8 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
-from fusedopt.model_building import SMB  # noqa: E402  (it steps by a rule)
+from fusedopt.mfac import MFAC  # noqa: E402  (these step by a rule)
+from fusedopt.model_building import SMB  # noqa: E402
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...
@@ -61,6 +62,7 @@ __all__ = [
     "GaLore",
     "GradES",
     "Int8Weight",
+    "MFAC",
     "QGaLore",
     "NonFiniteError",
     "ReleasedGradients",
