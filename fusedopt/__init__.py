@@ -41,7 +41,8 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
-from fusedopt.mfac import MFAC  # noqa: E402  (these step by a rule)
+from fusedopt.gauss_newton import EGN  # noqa: E402  (these step by a rule)
+from fusedopt.mfac import MFAC  # noqa: E402
 from fusedopt.model_building import SMB  # noqa: E402
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
@@ -58,6 +59,7 @@ __all__ = [
     "Conda",
     "Frugal",
     "Direction",
+    "EGN",
     "FusedOptimizer",
     "GaLore",
     "GradES",
