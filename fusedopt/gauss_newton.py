@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 from fusedopt.checks import describe
 from fusedopt.distributed import is_dtensor
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import check_nonnegative
+from fusedopt.options import check_fraction
 from fusedopt.projections.base import check_positive_int
 from fusedopt.rule import Rule
 from fusedopt.rules.sgd import SGD_MOMENTUM, SGD_PLAIN
@@ -106,9 +106,7 @@ class EGN(FusedOptimizer):
         group = {**self.defaults, **param_group}
         if not group["damping"] > 0:
             raise ValueError(f"Invalid damping: {group['damping']}; it must be positive")
-        check_nonnegative(group["momentum"], "momentum value")
-        if not group["momentum"] < 1:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}; it is the share of an average, less than 1")
+        check_fraction(group["momentum"], "momentum value")
         if group["momentum"] and (self.line_search or self.adaptive_damping):
             raise ValueError("EGN: line_search and adaptive_damping judge steps along d, and momentum goes elsewhere")
         super().add_param_group(param_group)
