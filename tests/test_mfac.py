@@ -11,7 +11,7 @@ from trainer_data import one_thread  # noqa: F401
 
 import fusedopt
 from fusedopt import formats
-from fusedopt.transforms import fisher
+from fusedopt.transforms import history as rows_of
 
 SHAPES = ((7, 5), (5,), (3, 4, 2, 2), ())
 LARGE = ((70, 65), (33,))  # the first is large enough for blockwise rows
@@ -139,7 +139,7 @@ def test_the_stored_gradient_is_the_one_to_precondition():
 @pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
 def test_pieces_of_the_history_change_nothing(form, monkeypatch):
     whole = directions(form, 8)
-    monkeypatch.setattr(fisher, "CPU_CHUNK", 1)  # 256 columns at a time
+    monkeypatch.setattr(rows_of, "CPU_CHUNK", 1)  # 256 columns at a time
     for one, other in zip(whole, directions(form, 8), strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

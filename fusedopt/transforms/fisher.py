@@ -3,23 +3,19 @@ Information" (arXiv 2107.03356), the dynamic algorithm: the inverse empirical Fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from fusedopt.formats import Format, get_format
-from fusedopt.quantize import dequantize_blockwise, quantize_blockwise
 from fusedopt.states import scale_name, scale_names, stored_format
 from fusedopt.transforms.base import Batch, Transform, shared
 from fusedopt.transforms.clipping import check_positive
+from fusedopt.transforms.history import PIECE, Rows
 from fusedopt.transforms.wrappers import check_count
 
 ROWS = "fisher_rows"
-PIECE = 256  # elements: a row ends with whole blocks of every format
 SMALLEST = 4096  # elements: smaller tensors keep fp32 rows, as they keep fp32 states
-# elements of a history that are in double precision at a time: few launches on a GPU, what fits in a cache on the CPU
-CHUNK, CPU_CHUNK = 1 << 24, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,8 @@ class InverseFisher(Transform):
     """g <- (damping I + (1 / window) G^T G)^-1 g, where the rows of G are the last `window` gradients, this one among them, of all
     tensors together (rows of zeros while there are fewer). Never a matrix of the model's size: with K = G G^T, [window, window],
     and g row i of G, that is window G^T y with (window damping I + K) y = e_i. A step replaces the oldest row, takes G g
-    for the new row of K in one pass over G, and G^T y in another, both in double precision.
+    for the new row of K in one pass over G, and G^T y in another, both in double precision: on NVIDIA and AMD GPUs by kernels
+    that decode in registers (none has been run on one yet), elsewhere a piece of G at a time.
 
     When to use it: by `MFAC`, which is SGD with it; with another rule, where g should be a natural gradient.
 
@@ -130,63 +127,3 @@ class InverseFisher(Transform):
         factor, _ = torch.linalg.cholesky_ex(system)
         unit = torch.zeros_like(diagonal).index_fill_(0, place, float(m))
         return torch.cholesky_solve(unit[:, None], factor)[:, 0]
-
-
-@dataclass
-class Rows:
-    """The gradients of one tensor, [window, numel] in its format; of blockwise ones rows are padded to whole blocks."""
-
-    stored: torch.Tensor
-    scale: torch.Tensor | None
-    form: Format
-    numel: int
-
-    def put(self, place: torch.Tensor, g: torch.Tensor | None, skip: torch.Tensor | None) -> None:
-        """Replaces a row by a gradient, None for zeros, unless the step is skipped. place: int64 [1]."""
-        place = place.to(self.stored.device)
-        if self.scale is None:
-            new = torch.zeros_like(self.stored[0]) if g is None else g.reshape(-1).to(self.stored.dtype)
-            self._set(self.stored, place, new, skip)
-        elif g is None:
-            self._set(self.scale, place, torch.zeros_like(self.scale[0]), skip)
-        else:
-            padded = torch.nn.functional.pad(g.reshape(-1), (0, -self.numel % PIECE))
-            for target, new in zip((self.stored, self.scale), quantize_blockwise(padded, self.form), strict=True):
-                self._set(target, place, new, skip)
-
-    @staticmethod
-    def _set(target: torch.Tensor, place: torch.Tensor, new: torch.Tensor, skip: torch.Tensor | None) -> None:
-        if skip is not None:
-            new = torch.where(skip.to(target.device), target.index_select(0, place)[0], new)
-        target.index_copy_(0, place, new[None])
-
-    def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The values of some columns at a time: the first column, and fp64 [window, columns]."""
-        most = CPU_CHUNK if self.stored.device.type == "cpu" else CHUNK
-        width = max(most // len(self.stored) // PIECE, 1) * PIECE
-        for first in range(0, self.numel, width):
-            last = min(first + width, self.numel)
-            if self.scale is None:
-                yield first, self.stored[:, first:last].double()
-                continue
-            a, b = first, last + -last % PIECE
-            codes = self.stored[:, self.form.stored_count(a) : self.form.stored_count(b)].contiguous()
-            scale = self.scale[:, self.form.scale_count(a) : self.form.scale_count(b)].reshape(-1)
-            values = dequantize_blockwise(codes, scale, self.form, shape=(len(codes), b - a))
-            yield first, values[:, : last - a].double()
-
-    def products(self, place: torch.Tensor) -> torch.Tensor:
-        """The inner products of a row with all rows, fp64 [window]."""
-        place = place.to(self.stored.device)
-        out = torch.zeros(len(self.stored), dtype=torch.float64, device=self.stored.device)
-        for _, values in self.chunks():
-            out += torch.mv(values, values.index_select(0, place)[0])
-        return out
-
-    def combine(self, y: torch.Tensor, out: torch.Tensor) -> None:
-        """The sum of y_j times row j, into a tensor of the gradient's shape."""
-        y, total = y.to(self.stored.device), out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
-        for first, values in self.chunks():
-            total[first : first + values.shape[1]].copy_(torch.mv(values.t(), y))
-        if not out.is_contiguous():
-            out.copy_(total.view(out.shape))
