@@ -116,7 +116,9 @@ class EGN(FusedOptimizer):
         return AVERAGED if group["momentum"] else SGD_PLAIN
 
     @torch._disable_dynamo
-    def step(self, model: torch.nn.Module | None = None, inputs=None, targets: torch.Tensor | None = None):
+    def step(
+        self, model: torch.nn.Module | None = None, inputs=None, targets: torch.Tensor | None = None, closure=None
+    ):
         """Performs one step, without backward(): .grad is neither read nor written.
 
         Args:
@@ -124,6 +126,7 @@ class EGN(FusedOptimizer):
                 apart. In training mode each sample draws its own dropout.
             inputs: [b, ...], or a tuple of such tensors for several arguments; outputs are one tensor [b, ...].
             targets: [b, ...].
+            closure: refused; as None it is what tools give that make states by a step of nothing.
 
         Returns the loss before the step. Parameters that do not touch the outputs do not move, but for weight decay.
 
@@ -132,8 +135,8 @@ class EGN(FusedOptimizer):
                 judged by their losses. RuntimeError: a DTensor or an int8 weight; d is not finite. Nothing is changed then.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        if not isinstance(model, torch.nn.Module):
-            if model is None and not self.state and self._moves_nothing(params, self._gradients(params)):
+        if not isinstance(model, torch.nn.Module) or closure is not None:
+            if model is closure is None and not self.state and self._moves_nothing(params, self._gradients(params)):
                 return self._step_eagerly()  # torch.distributed.checkpoint makes states so
             raise ValueError(
                 "EGN.step(model, inputs, targets) needs all three: it differentiates the outputs, and no closure has their Jacobian"

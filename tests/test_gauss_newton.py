@@ -334,6 +334,8 @@ def test_what_cannot_be_stepped_changes_nothing():
     for arguments in ((), (lambda: None,), (x,)):
         with pytest.raises(ValueError, match="needs all three"):
             opt.step(*arguments)
+    with pytest.raises(ValueError, match="needs all three"):
+        opt.step(model, x, y, closure=lambda: None)
     for inputs, targets in ((x, None), (x[:3], y), (x[:0], y[:0]), (x, torch.tensor(1))):
         with pytest.raises(ValueError, match="as many samples"):
             opt.step(model, inputs, targets)
@@ -372,7 +374,7 @@ def test_a_step_that_only_makes_states():
     opt = fusedopt.EGN(model.parameters(), lr=0.0, momentum=0.9)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    opt.step()
+    opt.step(closure=None)
     assert all(float(opt.state[p]["step"]) == 0 and "momentum_buffer" in opt.state[p] for p in model.parameters())
 
 

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from configs import BACKENDS, assert_resumes, assert_same_bits, parameters, set_grads, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_data import one_thread  # noqa: F401
 
 import fusedopt
@@ -143,6 +144,36 @@ def test_pieces_of_the_history_change_nothing(form, monkeypatch):
     for one, other in zip(whole, directions(form, 8), strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
+def test_no_wide_copy_of_the_history(form):
+    """The largest tensor that a step makes is a gradient, or a piece of the history."""
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made = out if isinstance(out, (tuple, list)) else [out]
+            if not function.is_view:
+                mine = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+                sizes = [
+                    x.numel() * x.element_size()
+                    for x in made
+                    if isinstance(x, torch.Tensor) and x.data_ptr() not in mine
+                ]
+                self.most = max(self.most, *sizes, 0)
+            return out
+
+    params = parameters((500, 600))
+    opt = fusedopt.MFAC(params, window=32, history_format=form)
+    for step in range(2):
+        set_grads(params, step)
+        with Largest() as seen:
+            opt.step()
+    history = sum(x.numel() * x.element_size() for n, x in opt.state[params[0]].items() if n.startswith("fisher_rows"))
+    assert 4 * 300000 <= seen.most <= max(4 * 300032, 8 * rows_of.CPU_CHUNK) < history / 2
 
 
 def test_repeated_and_zero_gradients():
