@@ -123,7 +123,8 @@ class EGN(FusedOptimizer):
 
         Args:
             model: has all parameters of this optimizer that require gradients; its others are constants. It must treat samples
-                apart. In training mode each sample draws its own dropout.
+                apart, and be of operations that torch.func.vmap takes (torch.nn's LSTM and GRU are not). In training mode each
+                sample draws its own dropout. Autocast is off in the step.
             inputs: [b, ...], or a tuple of such tensors for several arguments; outputs are one tensor [b, ...].
             targets: [b, ...].
             closure: refused; as None it is what tools give that make states by a step of nothing.
@@ -132,7 +133,8 @@ class EGN(FusedOptimizer):
 
         Raises:
             ValueError: an argument is missing or does not fit; batch normalisation in training mode, or dropout where steps are
-                judged by their losses. RuntimeError: a DTensor or an int8 weight; d is not finite. Nothing is changed then.
+                judged by their losses. RuntimeError: a DTensor or an int8 weight; torch.func takes no Jacobian of the model; d is
+                not finite. Nothing is changed then.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         if not isinstance(model, torch.nn.Module) or closure is not None:
@@ -147,7 +149,7 @@ class EGN(FusedOptimizer):
         sizes = {len(x) if isinstance(x, torch.Tensor) and x.dim() else None for x in (*inputs, targets)}
         if len(sizes) != 1 or not isinstance(next(iter(sizes)), int) or 0 in sizes:
             raise ValueError(f"EGN.step: inputs and targets must be tensors of as many samples, not of {sizes}")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(owners[0][1].device.type, enabled=False):
             batch = _Batch(model, owners, inputs, targets, LOSSES.get(self.loss, self.loss))
             batch.differentiate(self.chunk)
             directions, factor = batch.solve(), 1.0
@@ -250,7 +252,13 @@ class _Batch:
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         found, self.J = [], None
         for first in range(0, self.size, chunk):
-            jacobians, out = every(self.values, tuple(x[first : first + chunk] for x in self.inputs))
+            try:
+                jacobians, out = every(self.values, tuple(x[first : first + chunk] for x in self.inputs))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"EGN.step: torch.func takes no Jacobian of {type(self.model).__name__}: {error}. Replace what it cannot "
+                    "vectorise."
+                ) from error
             found.append(out)
             width = out[0].numel()
             if self.J is None:

@@ -271,6 +271,39 @@ def test_dropout_draws_for_each_sample():
     searching.step(model.eval(), *batch(0, dtype=torch.float32))
 
 
+def test_convolutions_and_attention():
+    torch.manual_seed(0)
+    image = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )
+    text = nn.Sequential(
+        nn.Embedding(9, 8), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.Flatten(), nn.Linear(32, 3)
+    )
+    for model, x in ((image, torch.randn(12, 1, 8, 8)), (text, torch.randint(9, (12, 4)))):
+        opt, y = fusedopt.EGN(model.parameters(), damping=1e-2, line_search=True), torch.randint(3, (12,))
+        losses = []
+        for i in range(8):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=i % 2 == 1):
+                losses.append(float(opt.step(model, x, y)))
+        assert losses[-1] < 0.1 * losses[0]
+
+
+def test_models_that_cannot_be_vectorised():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = nn.GRU(5, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(x)[0][:, -1]
+
+    model = Recurrent()
+    kept = flattened(model.parameters())
+    with pytest.raises(RuntimeError, match="torch.func takes no Jacobian of Recurrent"):
+        fusedopt.EGN(model.parameters()).step(model, torch.randn(4, 6, 5), torch.tensor([0, 1, 2, 0]))
+    assert torch.equal(flattened(model.parameters()), kept)
+
+
 @pytest.mark.parametrize("precision", ["nearest", "stochastic", "split32"])
 def test_bf16_models(precision):
     model = network(torch.bfloat16)

@@ -1,4 +1,5 @@
-"""D-Adaptation for AdaGrad: Defazio and Mishchenko, "Learning-Rate-Free Learning by D-Adaptation" (2301.07733), algorithm 3."""
+"""D-Adaptation for AdaGrad: Defazio and Mishchenko, "Learning-Rate-Free Learning by D-Adaptation" (arXiv 2301.07733),
+algorithm 3."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class InverseFisher(Transform):
     States: `fisher_rows`, window times 4, 2, 1.02 or 0.53 bytes per element (fp32, bf16, 8 bits, int4): by far the largest thing
     in memory; and once for the model `fisher_products`, K in fp64, and the count of steps. Steps whose gradients are not all
     finite are left out. Tensors without a gradient have a row of zeros and do not move. No DTensors. Sums over all tensors.
-    Raises ValueError: an option is out of range. Source: arXiv 2107.03356, section 3.2 (dynamic algorithm), of the same result.
+    Raises ValueError: an option is out of range. Source: arXiv 2107.03356, whose dynamic algorithm has the same result.
     """
 
     window: int = 1024
