@@ -140,14 +140,16 @@ def test_the_stored_gradient_is_the_one_to_precondition():
 @pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
 def test_pieces_of_the_history_change_nothing(form, monkeypatch):
     whole = directions(form, 8)
+    monkeypatch.setattr(rows_of.Rows, "native", lambda self: None)
     monkeypatch.setattr(rows_of, "CPU_CHUNK", 1)  # 256 columns at a time
     for one, other in zip(whole, directions(form, 8), strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
-def test_no_wide_copy_of_the_history(form):
+def test_no_wide_copy_of_the_history(form, native, monkeypatch):
     """The largest tensor that a step makes is a gradient, or a piece of the history."""
 
     class Largest(TorchDispatchMode):
@@ -166,6 +168,8 @@ def test_no_wide_copy_of_the_history(form):
                 self.most = max(self.most, *sizes, 0)
             return out
 
+    if not native:
+        monkeypatch.setattr(rows_of.Rows, "native", lambda self: None)
     params = parameters((500, 600))
     opt = fusedopt.MFAC(params, window=32, history_format=form)
     for step in range(2):

@@ -1,5 +1,5 @@
 """A window of gradients of one tensor in any state format, for M-FAC (arXiv 2107.03356): replaced row by row, and passed over as
-it is stored. Kernels decode in registers on a GPU; torch a piece at a time elsewhere, in double precision both."""
+it is stored. Kernels decode in registers, or in the first-level cache; torch a piece at a time; all in double precision."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ class Rows:
         place = place.to(self.stored.device)
         if self.launches():
             return self.launched_products(place)
+        if (cpu := self.native()) is not None:
+            return cpu.history_products(self.stored, self.scale, self.form, self._width, int(place))
         out = torch.zeros(len(self.stored), dtype=torch.float64, device=self.stored.device)
         for _, values in self.chunks():
             out += torch.mv(values, values.index_select(0, place)[0])
@@ -78,6 +80,11 @@ class Rows:
         y = y.to(self.stored.device)
         if self.launches():
             out.copy_(self.launched_combination(y).view(out.shape))
+            return
+        if (cpu := self.native()) is not None:
+            out.copy_(
+                cpu.history_combine(self.stored, self.scale, self.form, self._width, y)[: self.numel].view(out.shape)
+            )
             return
         total = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
         for first, values in self.chunks():
@@ -97,6 +104,15 @@ class Rows:
             and self.numel > 0
             and get_backend("triton").reason() is None
         )
+
+    def native(self):
+        """The CPU's kernels, or None."""
+        from fusedopt.quantize import _backend
+
+        if self.stored.device.type != "cpu" or self.stored.dtype == torch.float64 or not self.numel:
+            return None
+        chosen = _backend(self.stored.new_empty(0, dtype=torch.float32))
+        return chosen if chosen.name == "cpu" and chosen.has_history() else None
 
     def launched_products(self, place: torch.Tensor) -> torch.Tensor:
         from fusedopt.kernels.history import products_kernel

@@ -1,4 +1,5 @@
-"""The kernels over M-FAC's window of gradients, interpreted, against torch's passes; and compiled for every target."""
+"""The passes over M-FAC's window of gradients: torch's, the CPU's kernels for every instruction set, and Triton's, interpreted and
+compiled for every target."""
 
 from __future__ import annotations
 
@@ -13,11 +14,21 @@ import torch
 from harness import guarded, guards_untouched
 from trainer_data import one_thread  # noqa: F401
 
+from fusedopt import quantize
+from fusedopt.backends.cpu import CpuBackend, native
 from fusedopt.formats import get_format
 from fusedopt.transforms import history
 
-triton = pytest.importorskip("triton")
-from fusedopt.backends.triton import interpreted  # noqa: E402
+try:
+    import triton
+
+    from fusedopt.backends.triton import interpreted
+except ImportError:
+    triton = None
+
+    def interpreted() -> bool:
+        return False
+
 
 FORMS = ("fp32", "bf16", "int8", "int8c", "fp8", "int4")
 
@@ -35,6 +46,36 @@ def window_of(form: str, window: int, numel: int) -> history.Rows:
     return rows
 
 
+def exact(rows: history.Rows) -> torch.Tensor:
+    return torch.cat([chunk for _, chunk in rows.chunks()], 1)
+
+
+@pytest.mark.skipif(not CpuBackend().has_history(), reason="the native module is not built, or an earlier one")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window, numel", [(1, 1), (3, 2047), (5, 2304), (33, 9000)])
+def test_native_kernels(form, window, numel, monkeypatch):
+    """Exact values, sums in fp64; the same bits for every instruction set and number of threads."""
+    rows = window_of(form, window, numel)
+    y = torch.randn(window, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    values, place = exact(rows), window // 2
+    found = []
+    for isa in dict(native.isa()):
+        for threads in (1, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            backend = CpuBackend(isa)
+            monkeypatch.setattr(quantize, "_backend", lambda x, backend=backend: backend)
+            out = torch.full((numel,), float("nan"))
+            rows.combine(y, out)
+            found.append((rows.products(torch.tensor([place])), out))
+    for products, mixed in found[1:]:
+        assert torch.equal(products, found[0][0]) and torch.equal(mixed, found[0][1])
+    products, mixed = found[0]
+    assert ((products - values @ values[place]).abs() <= 1e-13 * (values.abs() @ values[place].abs())).all()
+    want = values.T @ y
+    assert ((mixed - want).abs() <= 6e-8 * want.abs() + 1e-13 * (values.abs().T @ y.abs())).all()
+    assert guards_untouched(rows.stored.view(-1))
+
+
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 when Triton is imported")
 @pytest.mark.parametrize(
     "form, window, numel",
@@ -45,7 +86,7 @@ def test_interpreted_kernels(form, window, numel):
     """Decoders differ by some ulps of fp32; sums are fp64."""
     rows = window_of(form, window, numel)
     y = torch.randn(window, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    values = torch.cat([chunk for _, chunk in rows.chunks()], 1)
+    values = exact(rows)
     for place in {0, window - 1}:
         got = rows.launched_products(torch.tensor([place]))
         bound = values.abs() @ values[place].abs()
@@ -104,7 +145,7 @@ for target in TARGETS:
 """
 
 
-@pytest.mark.skipif(triton.__version__ < "3.3", reason="sources are described in another way there")
+@pytest.mark.skipif(triton is None or triton.__version__ < "3.3", reason="sources are described in another way there")
 def test_kernels_compile_without_spills_and_with_wide_loads():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]
