@@ -23,8 +23,8 @@ class InverseFisher(Transform):
     """g <- (damping I + (1 / window) G^T G)^-1 g, where the rows of G are the last `window` gradients, this one among them, of all
     tensors together (rows of zeros while there are fewer). Never a matrix of the model's size: with K = G G^T, [window, window],
     and g row i of G, that is window G^T y with (window damping I + K) y = e_i. A step replaces the oldest row, takes G g
-    for the new row of K in one pass over G, and G^T y in another, both in double precision: on NVIDIA and AMD GPUs by kernels
-    that decode in registers (none has been run on one yet), elsewhere a piece of G at a time.
+    for the new row of K in one pass over G, and G^T y in another, both in double precision: by kernels on
+    the CPU and on GPUs (not run on one yet), which decode what they read, or else by torch, a piece of G at a time.
 
     When to use it: by `MFAC`, which is SGD with it; with another rule, where g should be a natural gradient.
 
@@ -122,7 +122,7 @@ class InverseFisher(Transform):
         """window y, fp64 [window]."""
         m, diagonal = self.window, products.diagonal()
         # less than what rounding does to K is as good as nothing, and K alone is singular
-        least = 4 * m * torch.finfo(torch.float64).eps * diagonal.max()
+        least = 32 * m * torch.finfo(torch.float64).eps * diagonal.max()
         system = products + torch.diag((least.clamp(min=m * self.damping)).expand(m))
         factor, _ = torch.linalg.cholesky_ex(system)
         unit = torch.zeros_like(diagonal).index_fill_(0, place, float(m))
