@@ -1,4 +1,5 @@
 // Python module fusedopt._native_cpu: runs a Launch with the driver of the instruction set it names. Integers and bytes only.
+#include "cpu/history.h"
 #include "cpu/isa.h"
 #include "cpu/matrix.h"
 #include "formats.h"
@@ -112,6 +113,16 @@ void matrix_work(const py::bytes& packed, void (*FoDriver::*run)(const void*)) {
   (chosen.*run)(&work);
 }
 
+// A window of gradients, after checks of what its drivers take on trust.
+fo::History history(uintptr_t rows, uintptr_t scales, int32_t format, int64_t window, int64_t width, int64_t row_bytes,
+                    int64_t row_scales, int32_t threads) {
+  const int32_t id = format & fo::kFormatMask;
+  if (!fo::is_blockwise(format) && id != fo::kFormatF32 && id != fo::kFormatBF16) throw std::invalid_argument("no such format");
+  if (window < 1 || width < 0 || threads < 1) throw std::invalid_argument("no negative sizes, and at least one row and thread");
+  if (fo::is_blockwise(format) && width % fo::kBlock) throw std::invalid_argument("rows of codes have whole blocks");
+  return {at<void>(rows), at<float>(scales), format, window, width, row_bytes, row_scales, threads};
+}
+
 int max_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -157,6 +168,28 @@ PYBIND11_MODULE(_native_cpu, m) {
         py::arg("packed"), "Projects one gradient with random numbers from a seed: a packed SeededLaunch.");
   m.def("square_sums", [](const py::bytes& packed) { matrix_work<fo::SumsLaunch>(packed, &FoDriver::square_sums); },
         py::arg("packed"), "Sums of squares by row and column: a packed SumsLaunch.");
+  m.attr("history_span") = fo::kHistorySpan;
+  m.def(
+      "history_products",
+      [](uintptr_t rows, uintptr_t scales, int32_t format, int64_t window, int64_t width, int64_t row_bytes, int64_t row_scales,
+         int64_t place, uintptr_t part, int32_t isa, int32_t threads) {
+        const fo::History work = history(rows, scales, format, window, width, row_bytes, row_scales, threads);
+        if (place < 0 || place >= window) throw std::invalid_argument("no such row");
+        const FoDriver chosen = driver(isa);
+        py::gil_scoped_release released;
+        chosen.history_products(&work, place, at<double>(part));
+      },
+      "Products of a row with all rows of a window of gradients, part fp64 [spans, window].");
+  m.def(
+      "history_combine",
+      [](uintptr_t rows, uintptr_t scales, int32_t format, int64_t window, int64_t width, int64_t row_bytes, int64_t row_scales,
+         uintptr_t y, uintptr_t out, int32_t isa, int32_t threads) {
+        const fo::History work = history(rows, scales, format, window, width, row_bytes, row_scales, threads);
+        const FoDriver chosen = driver(isa);
+        py::gil_scoped_release released;
+        chosen.history_combine(&work, at<double>(y), at<float>(out));
+      },
+      "A combination of the rows of a window of gradients by y fp64 [window], out fp32 [width].");
   m.def(
       "matrix_bytes",
       [] {

@@ -43,7 +43,9 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 
 _rule.scan()
 
-from fusedopt.lora_optimizers import LoFTAdamW, LoRAProAdamW  # noqa: E402  (these step by rules)
+from fusedopt.gauss_newton import EGN  # noqa: E402  (these step by a rule)
+from fusedopt.lora_optimizers import LoFTAdamW, LoRAProAdamW  # noqa: E402
+from fusedopt.mfac import MFAC  # noqa: E402
 from fusedopt.model_building import SMB  # noqa: E402
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
@@ -60,6 +62,7 @@ __all__ = [
     "Conda",
     "Frugal",
     "Direction",
+    "EGN",
     "FusedOptimizer",
     "GaLore",
     "GradES",
@@ -68,6 +71,7 @@ __all__ = [
     "LoRAProAdamW",
     "LoraPair",
     "Int8Weight",
+    "MFAC",
     "QGaLore",
     "NonFiniteError",
     "ReleasedGradients",

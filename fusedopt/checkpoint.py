@@ -84,7 +84,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     kept = {} if projection is None else projection.tensors(p)
     likes = states_like(p, projection, rule)
     formats = st.configured_formats(p, group, rule, likes)  # by the size of the whole, on every process the same
-    transformed = transforms.tensors_of(opt, p, group)
+    transformed = transforms.tensors_of(opt, p, group, entry)
     if _others(rule, entry, {**kept, **transformed}) or missing and (present or stepped):
         raise ValueError(
             f"{what}: the loaded state holds {sorted(entry)}, but rule {rule.name!r} keeps "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusedopt.abi import Phase
 from fusedopt.rule import get_rule
 from fusedopt.states import option_overrides
+from fusedopt.transforms import base as transforms
 
 
 def bytes_per_step(bucket, phase: Phase) -> float:
@@ -129,10 +130,13 @@ class PlanReport:
         alone = sum(o["count"] for o in self.operations)
         more = f" and {alone} operations of single tensors" if alone else ""
         lines = [f"{self._name}: {self.launches} launches{more}, {self.bytes / 1e6:.3f} MB per step"]
-        transforms = self._plan.opt.gradient_transforms
-        if transforms:
-            listed = ", ".join(map(repr, transforms))
-            lines.append(f"  before these, gradients are copied to fp32 and changed by {listed}; not counted here")
+        if self._plan.opt.gradient_transforms:
+            listed = ", ".join(map(repr, self._plan.opt.gradient_transforms))
+            size = transforms.state_bytes(self._plan.opt) / 1e6
+            lines.append(
+                f"  before these, gradients are copied to fp32 and changed by {listed}; not counted here; their states take "
+                f"{size:.3f} MB"
+            )
         for b in self.buckets:
             formats = ", ".join(f"{k} {v}" for k, v in b["formats"].items()) or "no states"
             lines.append(

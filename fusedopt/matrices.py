@@ -161,11 +161,5 @@ def orthogonal_options(h: Mapping[str, Any]) -> dict:
     }
 
 
-def check_momentum(momentum: float) -> None:
-    """Raises ValueError for a decay rate of a momentum out of [0, 1)."""
-    if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"Invalid momentum value: {momentum}")
-
-
 def _named(p) -> tuple[str | None, torch.Tensor]:
     return p if isinstance(p, tuple) else (None, p)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedopt.options import check_nonnegative
+from fusedopt.options import check_fraction
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,7 @@ class NoiseRates:
     beta2: float
 
     def __post_init__(self):
-        check_nonnegative(self.alpha, "alpha value")
-        if not 0.0 <= self.beta2 < 1.0:
-            raise ValueError(f"Invalid beta2 value of noise_rates: {self.beta2}")
+        check_fraction(self.beta2, "beta2 value of noise_rates")
         if not self.alpha > 0.0:
             raise ValueError(f"Invalid alpha value: {self.alpha}; it is above 0, as layers without noise divide by it")
 

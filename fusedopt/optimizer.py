@@ -405,7 +405,10 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self._lost_updates is None:
             self._lost_updates = LostUpdates(type(self).__name__)
         lost = self._lost_updates
-        applied = transforms.Applied(self, plan, grads, found) if self.gradient_transforms else None
+        applied = None
+        if self.gradient_transforms:
+            applied = transforms.Applied(self, plan, grads, found)
+            found = applied.found
         for watcher in self._watchers:
             watcher.before(plan, grads, scale, found)
         lost.before(plan.slots, self.param_groups)

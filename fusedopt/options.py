@@ -33,6 +33,12 @@ def check_betas(betas, options) -> None:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
 
 
+def check_fraction(value, what: str) -> None:
+    """Of averages: a share of what they keep."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"Invalid {what}: {value}; it is in [0, 1)")
+
+
 def check_nesterov(nesterov: bool, momentum: float, dampening: float) -> None:
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")

@@ -40,10 +40,10 @@ PAIRS = {
     "unit_norm": (tf.UnitNorm(), oracle.UnitNorm, {}),
     "unit_norm_rows": (tf.UnitNorm(per="unit"), oracle.UnitNorm, {"per": "unit"}),
 }
-ELSEWHERE = {  # test_transforms_wrappers, test_transforms_masking, test_losses, test_private, test_lora_pro; test_oracles (AdamCM)
+ELSEWHERE = {  # test_transforms_wrappers, test_transforms_masking, test_losses, test_private, test_lora_pro, test_mfac; test_oracles
     tf.Lookahead, tf.LAWN, tf.Layca, tf.TangentProjection, tf.QuantizationPull, tf.NormLoss, tf.StableDecay, tf.Hypergradient,
     tf.Bloop, tf.PrivacyNoise, tf.ErrorFeedback, tf.Cautious, tf.GradientGrouping, tf.CriticalMomenta,
-    tf.LoRAPro, tf.LoRAOne,
+    tf.LoRAPro, tf.LoRAOne, tf.InverseFisher,
 }  # fmt: skip
 each_pair = pytest.mark.parametrize("name", PAIRS)
 each_rule = pytest.mark.parametrize("rule", RULES)

@@ -19,6 +19,9 @@ struct FoDriver {
   void (*project)(const void* launch);
   void (*square_sums)(const void* launch);
   void (*project_seeded)(const void* launch);
+  // Of a History (history.h).
+  void (*history_products)(const void* history, int64_t place, double* part);
+  void (*history_combine)(const void* history, const double* y, float* out);
 };
 
 namespace fo_baseline { FoDriver driver(); }

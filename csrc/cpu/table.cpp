@@ -1,4 +1,5 @@
 // What an instruction set offers: the steps of all rules, the norms, tensors of codes on their own, and matrices.
+#include "history.h"
 #include "isa.h"
 #include "tile.h"
 
@@ -21,7 +22,8 @@ static void (*const steps[])(const void*) = {
 #undef FO_LIST
 
 FoDriver driver() {
-  return {steps, norm, encode_tensor, decode_tensor, apply_matrix, project, square_sums, project_seeded};
+  return {steps, norm, encode_tensor, decode_tensor, apply_matrix, project, square_sums, project_seeded,
+          history_products, history_combine};
 }
 
 }  // namespace fo

@@ -83,6 +83,40 @@ class CpuBackend(NativeBackend):
         dtype, code, threads = DTYPE_CODES[out.dtype], form.code(signed), torch.get_num_threads()
         native.decode(codes.data_ptr(), scale.data_ptr(), out.numel(), code, out.data_ptr(), dtype, self._isa, threads)
 
+    def has_history(self) -> bool:
+        """Whether the next two can run."""
+        return self.reason() is None and hasattr(native, "history_span")  # an earlier build has none
+
+    def history_products(
+        self, rows: torch.Tensor, scale: torch.Tensor | None, form: Format, width: int, place: int
+    ) -> torch.Tensor:
+        """The products of a row with all rows of a window of gradients in a format (transforms/history.py), fp64 [window]: the
+        same bits for every thread count and instruction set."""
+        spans = -(-width // native.history_span)
+        part = torch.empty(spans, len(rows), dtype=torch.float64)
+        native.history_products(
+            *self._history(rows, scale, form, width), place, part.data_ptr(), self._isa, torch.get_num_threads()
+        )
+        return part.sum(0)
+
+    def history_combine(
+        self, rows: torch.Tensor, scale: torch.Tensor | None, form: Format, width: int, y: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of y_j (fp64 [window]) times row j, fp32 [width]."""
+        y, out = y.contiguous(), torch.empty(width)
+        native.history_combine(
+            *self._history(rows, scale, form, width), y.data_ptr(), out.data_ptr(), self._isa, torch.get_num_threads()
+        )
+        return out
+
+    @staticmethod
+    def _history(rows: torch.Tensor, scale: torch.Tensor | None, form: Format, width: int) -> tuple:
+        if not rows.is_contiguous() or scale is not None and not scale.is_contiguous():
+            raise ValueError("a window of gradients is contiguous")
+        scales = (0, 0) if scale is None else (scale.data_ptr(), scale.shape[1])
+        row_bytes = rows.shape[1] * rows.element_size()
+        return rows.data_ptr(), scales[0], form.code(True), len(rows), width, row_bytes, scales[1]
+
     def apply_matrix(self, work: MatrixWork) -> bool:
         """p <- p - (lr * u + decay * p) as MatrixWork says, with every precision; the same bits for every thread count.
         False, and nothing done, for fp64.

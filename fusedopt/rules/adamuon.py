@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from fusedopt.kernels.language import jit, tl
-from fusedopt.matrices import MatrixOrAdam, check_momentum, orthogonal_options
+from fusedopt.matrices import MatrixOrAdam, orthogonal_options
 from fusedopt.newton_schulz import QUINTIC
 from fusedopt.noise_rates import noise_rates
-from fusedopt.options import check_betas
+from fusedopt.options import check_betas, check_fraction
 from fusedopt.projections.orthogonal import Orthogonal, OrthogonalSite
 from fusedopt.rule import Rule, State, compose, register, register_optimizer
 from fusedopt.rules.muon import DIFFERENCE
@@ -157,9 +157,9 @@ class AdaMuon(MatrixOrAdam):
         **options,
     ):
         check_betas(adam_betas, options)
-        check_momentum(momentum)
-        if beta2 is not None and not 0.0 <= beta2 < 1.0:
-            raise ValueError(f"Invalid beta2 value: {beta2}")
+        check_fraction(momentum, "momentum value")
+        if beta2 is not None:
+            check_fraction(beta2, "beta2 value")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,

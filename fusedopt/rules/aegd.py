@@ -7,6 +7,7 @@ import torch
 from fusedopt.kernels.language import jit, tl
 from fusedopt.losses import TakesLoss, sign_of
 from fusedopt.measures import after
+from fusedopt.options import check_fraction
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
 
 NAMES = ("rate", "shift", "sign", "first", "weight_decay", "root", "inverse")
@@ -112,8 +113,7 @@ class AEGD(TakesLoss):
         decoupled_weight_decay=False,
         **options,
     ):
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
+        check_fraction(momentum, "momentum value")
         defaults = {
             "lr": lr,
             "shift": shift,

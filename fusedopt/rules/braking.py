@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import check_nonnegative
+from fusedopt.options import check_fraction, check_nonnegative
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
 
 
@@ -80,8 +80,7 @@ class AdaptiveBraking(FusedOptimizer):
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, rho=2.0, eps=1e-8, weight_decay=0.0, **options):
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
+        check_fraction(momentum, "momentum value")
         if not 0.0 <= rho <= 2.0:
             raise ValueError(f"Invalid rho value: {rho}")
         check_nonnegative(eps, "epsilon value")

@@ -22,6 +22,18 @@ def check_d(d0, growth_rate) -> None:
         raise ValueError(f"Invalid growth_rate value: {growth_rate}; it must be above 1")
 
 
+def present(memory, c):
+    """d, which its memory holds from the first step on."""
+    return torch.where(memory["d"] > 0, memory["d"], c["d0"])
+
+
+def grown(memory, c, above, below):
+    """The next d: above / below, where that is larger than d, and no more than its limit."""
+    d, seen = present(memory, c), below > 0
+    estimate = torch.where(seen, above / torch.where(seen, below, 1.0), 0.0)
+    return torch.maximum(d, torch.minimum(estimate, d * c["growth_rate"]))
+
+
 def rate(h, step):
     """What multiplies d in the step."""
     beta1, beta2 = h["betas"]
@@ -38,16 +50,13 @@ def scalars(h, step):
 
 
 def start(memory, c):
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
+    d = present(memory, c)
     return {"step_size": d * c["rate"], "decay_factor": d}
 
 
 def sums(memory, dot, size, c):
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
     numerator = c["beta3"] * memory["d_numerator"] + c["weight3"] * dot
-    seen = size > 0
-    estimate = torch.where(seen, numerator / (c["weight3"] * torch.where(seen, size, 1.0)), 0.0)
-    return {"d": torch.maximum(d, torch.minimum(estimate, d * c["growth_rate"])), "d_numerator": numerator}, {}
+    return {"d": grown(memory, c, numerator, c["weight3"] * size), "d_numerator": numerator}, {}
 
 
 def terms(g, p, m, v, s, *, beta3, weight3, eps, step_size, **_):

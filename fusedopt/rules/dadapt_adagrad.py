@@ -1,16 +1,15 @@
-"""D-Adaptation for AdaGrad: Defazio and Mishchenko, "Learning-Rate-Free Learning by D-Adaptation" (2301.07733), algorithm 3."""
+"""D-Adaptation for AdaGrad: Defazio and Mishchenko, "Learning-Rate-Free Learning by D-Adaptation" (arXiv 2301.07733),
+algorithm 3."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-
 from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import check_nonnegative
+from fusedopt.options import check_fraction, check_nonnegative
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
-from fusedopt.rules.dadapt import check_d
+from fusedopt.rules.dadapt import check_d, grown, present
 
 NAMES = ("weight", "rate", "eps", "d0", "growth_rate", "step_size")
 
@@ -20,14 +19,11 @@ def scalars(h, step):
 
 
 def start(memory, c):
-    return {"step_size": torch.where(memory["d"] > 0, memory["d"], c["d0"]) * c["rate"]}
+    return {"step_size": present(memory, c) * c["rate"]}
 
 
 def sums(memory, surplus, size, c):
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
-    seen = size > 0
-    estimate = torch.where(seen, surplus / torch.where(seen, size, 1.0), 0.0)
-    return {"d": torch.maximum(d, torch.minimum(estimate, d * c["growth_rate"]))}, {}
+    return {"d": grown(memory, c, surplus, size)}, {}
 
 
 def advanced(g, total, s, spent, step_size, eps):
@@ -124,8 +120,7 @@ class DAdaptAdaGrad(FusedOptimizer):
 
     def __init__(self, params, lr=1.0, momentum=0.0, eps=0.0, weight_decay=0.0, initial_accumulator_value=1e-6, d0=1e-6,
                  growth_rate=math.inf, **options):  # fmt: skip
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}; it is in [0, 1)")
+        check_fraction(momentum, "momentum value")
         check_nonnegative(eps, "epsilon value")
         if not (initial_accumulator_value > 0 or initial_accumulator_value == 0 and eps > 0):
             raise ValueError(

@@ -8,8 +8,9 @@ import torch
 
 from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import check_fraction
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
-from fusedopt.rules.dadapt import check_d
+from fusedopt.rules.dadapt import check_d, grown, present
 
 NAMES = ("momentum", "weight", "rate", "d0", "growth_rate", "scale")
 
@@ -21,16 +22,13 @@ def scalars(h, step):
 def norms(memory, param_sq, grad_sq, c):
     """The first gradient that is not zero gives the unit of d."""
     unit = torch.where(memory["d_unit"] > 0, memory["d_unit"], grad_sq.sqrt())
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
+    d = present(memory, c)
     return {"d_unit": unit}, {"scale": torch.where(unit > 0, d / torch.where(unit > 0, unit, 1.0), 0.0)}
 
 
 def sums(memory, dot, square, c):
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
     numerator = memory["d_numerator"] + dot
-    seen = square > 0
-    estimate = torch.where(seen, 2 * numerator / torch.where(seen, square, 1.0).sqrt(), 0.0)
-    return {"d": torch.maximum(d, torch.minimum(estimate, d * c["growth_rate"])), "d_numerator": numerator}, {}
+    return {"d": grown(memory, c, 2 * numerator, square.sqrt()), "d_numerator": numerator}, {}
 
 
 def terms(g, p, s, initial, *, rate, scale, **_):
@@ -107,8 +105,7 @@ class DAdaptSGD(FusedOptimizer):
     """
 
     def __init__(self, params, lr=1.0, momentum=0.9, weight_decay=0.0, d0=1e-6, growth_rate=math.inf, **options):
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}; it is in [0, 1)")
+        check_fraction(momentum, "momentum value")
         check_d(d0, growth_rate)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "d0": d0, "growth_rate": growth_rate}
         super().__init__(params, defaults, **options)

@@ -7,7 +7,7 @@ import torch
 
 from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import check_nonnegative
+from fusedopt.options import check_fraction, check_nonnegative
 from fusedopt.rule import Rule, State, register, register_optimizer
 
 NAMES = ("weight", "pull", "eps")
@@ -123,8 +123,7 @@ class MADGRAD(FusedOptimizer):
         self, params, lr=1e-2, momentum=0.9, weight_decay=0.0, eps=1e-6, decoupled_weight_decay=False, **options
     ):
         check_nonnegative(eps, "epsilon value")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"Invalid momentum value: {momentum}; it must be in [0, 1)")
+        check_fraction(momentum, "momentum value")
         defaults = {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "decoupled_weight_decay": decoupled_weight_decay}, **options)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fusedopt.kernels.language import jit, tl  # noqa: F401 - the interpreter looks for tl beside the functions
-from fusedopt.matrices import MatrixOrAdam, check_momentum, orthogonal_options
+from fusedopt.matrices import MatrixOrAdam, orthogonal_options
 from fusedopt.newton_schulz import QUINTIC
 from fusedopt.noise_rates import noise_rates
-from fusedopt.options import check_betas
+from fusedopt.options import check_betas, check_fraction
 from fusedopt.projections.orthogonal import Orthogonal
 from fusedopt.rule import Rule, State, compose, register, register_optimizer
 from fusedopt.rules.sgd import MOMENTUM_NAMES, momentum_direction, momentum_reference
@@ -108,7 +108,7 @@ class Muon(MatrixOrAdam):
         **options,
     ):
         check_betas(adam_betas, options)
-        check_momentum(momentum)
+        check_fraction(momentum, "momentum value")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,

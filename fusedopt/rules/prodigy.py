@@ -10,7 +10,7 @@ from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_betas, check_nonnegative
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
-from fusedopt.rules.dadapt import check_d
+from fusedopt.rules.dadapt import check_d, present
 
 NAMES = (
     "beta1", "weight1", "beta2", "weight2", "beta3", "eps", "debias", "rate", "safeguard", "d0", "d_coef", "growth_rate",
@@ -30,7 +30,7 @@ def scalars(h, step):
 
 
 def start(memory, c):
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
+    d = present(memory, c)
     step_size = d * c["rate"]
     entering = d * (c["rate"] > 0) if c["safeguard"] else step_size
     factor = d * c["debias"]
@@ -44,7 +44,7 @@ def start(memory, c):
 
 
 def sums(memory, dot, size, c):
-    d = torch.where(memory["d"] > 0, memory["d"], c["d0"])
+    d = present(memory, c)
     numerator = c["beta3"] * memory["d_numerator"] + dot
     seen = size > 0
     estimate = torch.where(seen, c["d_coef"] * numerator / torch.where(seen, size, 1.0), d)

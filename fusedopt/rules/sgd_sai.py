@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusedopt.kernels.language import jit, tl
 from fusedopt.measures import after, choose
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import check_nonnegative
+from fusedopt.options import check_fraction, check_nonnegative
 from fusedopt.rule import Measures, Rule, State, register, register_optimizer
 
 
@@ -83,8 +83,7 @@ class SGDSaI(FusedOptimizer):
     decay_mode = "decoupled"
 
     def __init__(self, params, lr=1e-2, momentum=0.9, eps=1e-8, weight_decay=1e-2, **options):
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
+        check_fraction(momentum, "momentum value")
         check_nonnegative(eps, "epsilon value")
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import check_nesterov, check_nonnegative
+from fusedopt.options import check_fraction, check_nesterov, check_nonnegative
 from fusedopt.rule import Rule, State, register, register_optimizer
 from fusedopt.rules.sgd import MOMENTUM_NAMES, SGD_PLAIN, momentum_direction, momentum_reference
 from fusedopt.transforms.base import listed
@@ -78,8 +78,7 @@ class SGDP(FusedOptimizer):
         """Adds a group of parameters. Raises ValueError for a momentum that does not fit."""
         group = {**self.defaults, **param_group} if isinstance(param_group, dict) else self.defaults
         momentum, dampening = group["momentum"], group["dampening"]
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}; it is in [0, 1)")
+        check_fraction(momentum, "momentum value")
         check_nesterov(group["nesterov"], momentum, dampening)
         if dampening and not momentum:
             raise ValueError(f"Invalid dampening value: {dampening}; without momentum there is no buffer to dampen")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from fusedopt.kernels.language import jit, tl
-from fusedopt.matrices import HIDDEN, OUTER, VECTOR, MatrixOptimizer, check_momentum, orthogonal_options
+from fusedopt.matrices import HIDDEN, OUTER, VECTOR, MatrixOptimizer, orthogonal_options
 from fusedopt.measures import after
 from fusedopt.newton_schulz import QUINTIC
 from fusedopt.noise_rates import layer_rates, noise_rates
+from fusedopt.options import check_fraction
 from fusedopt.projections.orthogonal import Orthogonal
 from fusedopt.rule import Measures, Rule, State, compose, register, register_optimizer
 from fusedopt.rules.muon import DIFFERENCE, MUON
@@ -248,7 +249,7 @@ class TrustRegion(MatrixOptimizer):
         noise_rates=None,
         **options,
     ):
-        check_momentum(momentum)
+        check_fraction(momentum, "momentum value")
         if options.get("projection") is not None:
             raise ValueError(f"{type(self).__name__}: it steps whole tensors, so it takes no projection. Use AdamW.")
         self._other = {} if other_lr is None or ball is not None else {"lr": other_lr}

@@ -4,6 +4,7 @@ from fusedopt.transforms.base import Transform
 from fusedopt.transforms.clipping import AdaptiveClip, ClipComponents, ClipFraction, ClipValue
 from fusedopt.transforms.critical import CriticalMomenta
 from fusedopt.transforms.filters import Grokfast, GrokfastMA
+from fusedopt.transforms.fisher import InverseFisher
 from fusedopt.transforms.lora import LoRAOne, LoRAPro
 from fusedopt.transforms.losses import Bloop
 from fusedopt.transforms.masking import Cautious, GradientGrouping
@@ -17,7 +18,7 @@ from fusedopt.transforms.wrappers import LAWN, Layca, Lookahead, NormLoss, Quant
 TRANSFORMS = (
     Grokfast, GrokfastMA, OrthoGrad, ClipValue, ClipFraction, ClipComponents, AdaptiveClip, Centralize, Normalize, UnitNorm,
     Lookahead, LAWN, Layca, TangentProjection, QuantizationPull, NormLoss, StableDecay, Hypergradient, Bloop, PrivacyNoise,
-    ErrorFeedback, Cautious, GradientGrouping, CriticalMomenta, LoRAPro, LoRAOne,
+    ErrorFeedback, Cautious, GradientGrouping, CriticalMomenta, LoRAPro, LoRAOne, InverseFisher,
 )  # fmt: skip
 
 __all__ = ["TRANSFORMS", "Transform", "list_transforms", *(cls.__name__ for cls in TRANSFORMS)]

@@ -29,21 +29,37 @@ class Transform:
     name: begins the name of its count. keeps: names of its states. codes: those of them that are uint8. scope: what it sums
     over: nothing ("element"), dimensions but the first ("row"), a tensor, or all tensors ("model"). counts: keeps the number of
     its steps of each parameter. whole: needs tensors that are not split. reads_weights: looks at the weights, which int8
-    weights do not have in floating point. after_step: has `after`.
+    weights do not have in floating point. after_step: has `after`. shares: names of states of the model as a whole, which lie in
+    the state of one of its parameters (`shared`). needs_finite: a step with gradients that are not finite is left out.
     """
 
     name = ""
     keeps: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
     scope = "element"
     counts = False
     whole = False
     reads_weights = False
     after_step = False
+    needs_finite = False
 
     def shapes(self, p: torch.Tensor) -> dict[str, tuple[int, ...]]:
-        """States it keeps for a parameter, by name: fp32 (fp64 of an fp64 parameter), all zero at first."""
+        """States it keeps for a parameter, by name, all zero at first."""
         return dict.fromkeys(self.keeps, tuple(p.shape))
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those that it keeps once, all zero at first."""
+        return dict.fromkeys(self.shares, ())
+
+    def dtype(self, name: str, p: torch.Tensor) -> torch.dtype:
+        """Of a state of a parameter."""
+        if name in self.codes:
+            return torch.uint8
+        return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+    def check_loaded(self, what: str, p: torch.Tensor, entry: dict) -> None:
+        """Raises ValueError for a loaded state dict of a parameter whose states are of another kind than its own."""
 
     def ready(self, batches: list[Batch]) -> None:
         """Raises ValueError where something that the step needs is missing; called before any transform changes anything."""
@@ -71,7 +87,7 @@ class Transform:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The names of everything it keeps."""
-        return (*cls.keeps, *((f"{cls.name}_steps",) if cls.counts else ()))
+        return (*cls.keeps, *cls.shares, *((f"{cls.name}_steps",) if cls.counts else ()))
 
     def refuses(self, p: torch.Tensor) -> str | None:
         """Why a parameter cannot be transformed, or None."""
@@ -297,25 +313,38 @@ def check_parameter(opt, tensor_id: int, p: torch.Tensor, group: dict) -> None:
             )
 
 
-def tensors_of(opt, p: torch.Tensor, group: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the states that transforms keep for a parameter (a DTensor's shard)."""
-    return {name: shape for t in applied(opt, group) for name, shape in t.tensors(local(p)).items()}
+def tensors_of(opt, p: torch.Tensor, group: dict, entry=()) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the states that transforms keep for a parameter (a DTensor's shard), and of those that they keep once
+    if this parameter's state dict, `entry`, has them."""
+    return {name: shape for _, name, shape in _kept(opt, p, group, entry)}
 
 
-def _new_state(opt, p: torch.Tensor, name: str, shape: tuple[int, ...], on_device: bool) -> torch.Tensor:
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    if any(name in t.codes for t in opt.gradient_transforms):
-        dtype = torch.uint8
+def _kept(opt, p: torch.Tensor, group: dict, entry) -> Iterator[tuple[Transform, str, tuple[int, ...]]]:
+    for t in applied(opt, group):
+        shared = t.shared_shapes().items()
+        for name, shape in (*t.tensors(local(p)).items(), *(item for item in shared if item[0] in entry)):
+            yield t, name, shape
+
+
+def _new_state(t: Transform, p: torch.Tensor, name: str, shape: tuple[int, ...], on_device: bool) -> torch.Tensor:
+    dtype = t.dtype(name, p)
     if shape == tuple(p.shape) and p.dim():
         return empty_like(p, dtype).zero_()
     return torch.zeros(shape, dtype=dtype, device=p.device if shape or on_device else "cpu")
 
 
 def allocate(opt, p: torch.Tensor, group: dict, entry) -> None:
-    """Gives a parameter's state dict what its transforms need and it does not have yet. entry: as a step sees it."""
-    for name, shape in tensors_of(opt, p, group).items():
+    """Gives a parameter's state dict what its transforms need and it does not have yet, and what they keep once if no other
+    parameter has it. entry: as a step sees it."""
+    missing = [n for t in applied(opt, group) for n in t.shares if not any(n in mine for mine in opt.state.values())]
+    for t, name, shape in _kept(opt, p, group, missing):
         if name not in entry:
-            entry[name] = _new_state(opt, local(p), name, shape, _on_device(opt, p, group, name))
+            entry[name] = _new_state(t, local(p), name, shape, _on_device(opt, p, group, name))
+
+
+def shared(opt, name: str) -> torch.Tensor:
+    """A state that a transform of an optimizer keeps once."""
+    return next(entry[name] for entry in opt.state.values() if name in entry)
 
 
 def _on_device(opt, p: torch.Tensor, group: dict, name: str) -> bool:
@@ -324,7 +353,9 @@ def _on_device(opt, p: torch.Tensor, group: dict, name: str) -> bool:
 
 def take(opt, what: str, p: torch.Tensor, group: dict, entry: dict, out) -> None:
     """Copies loaded states of transforms. Those that are not there begin anew. Raises ValueError where one does not fit."""
-    for name, shape in tensors_of(opt, p, group).items():
+    for t in applied(opt, group):
+        t.check_loaded(what, local(p), entry)
+    for t, name, shape in _kept(opt, p, group, entry):
         tensor = entry.get(name)
         if tensor is None:
             continue
@@ -334,7 +365,7 @@ def take(opt, what: str, p: torch.Tensor, group: dict, entry: dict, out) -> None
                 f"{what}: the loaded {name!r} has shape {found}, its gradient transform keeps one of shape {shape}. Load a "
                 "state dict of the same model and transforms."
             )
-        new = _new_state(opt, local(p), name, shape, _on_device(opt, p, group, name))
+        new = _new_state(t, local(p), name, shape, _on_device(opt, p, group, name))
         if tensor.dtype.is_floating_point != new.dtype.is_floating_point:
             raise ValueError(f"{what}: the loaded {name!r} is {tensor.dtype}, not {new.dtype}.")
         out[name] = new.copy_(tensor)
@@ -395,11 +426,14 @@ def batches(opt, plan, grads: list[torch.Tensor], found) -> list[Batch]:
 
 
 class Applied:
-    """The transforms of one run of a plan: made before it, `after` called after it."""
+    """The transforms of one run of a plan: made before it, `after` called after it. found: what skips the step, or None."""
 
     @torch.no_grad()
     def __init__(self, opt, plan, grads: list[torch.Tensor], found):
         self._transforms, self._batches = opt.gradient_transforms, []
+        if any(t.needs_finite for t in self._transforms):
+            found = _skips(grads, found)
+        self.found = found
         if found is not None and any(d.counts_on_host for d in plan.devices) and bool(found):
             return  # the plan will not run either
         self._batches = batches(opt, plan, grads, found)
@@ -415,6 +449,31 @@ class Applied:
             for t in self._transforms:
                 if t.after_step:
                     t.after(self._batches)
+
+
+def _skips(grads: list[torch.Tensor], found) -> torch.Tensor:
+    """found_inf (1 where a step is to be skipped), and 1 where a gradient is not finite."""
+    live = [g for g in grads if g.numel()]
+    home = grads[0].device
+    largest = [torch.stack(torch._foreach_norm(gs, float("inf"))).to(home) for gs in _by_kind(live)]
+    bad = sum(((~torch.isfinite(x)).sum() for x in largest), torch.zeros((), dtype=torch.int64, device=home)) > 0
+    return (bad if found is None else bad | (found.to(home).view(()) != 0)).float()
+
+
+def _by_kind(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """By device and dtype, as foreach operations and torch.stack want them."""
+    out: dict[tuple, list[torch.Tensor]] = {}
+    for x in tensors:
+        out.setdefault((x.device, x.dtype), []).append(x)
+    return list(out.values())
+
+
+def state_bytes(opt) -> int:
+    """Bytes of the states of its transforms."""
+    names = {name for t in opt.gradient_transforms for name in t.names()}
+    return sum(
+        x.numel() * x.element_size() for entry in opt.state.values() for name, x in entry.items() if name in names
+    )
 
 
 def check_parts(opt, who: str, error: type[Exception] = ValueError) -> None:
