@@ -40,7 +40,7 @@ PAIRS = {
     "unit_norm": (tf.UnitNorm(), oracle.UnitNorm, {}),
     "unit_norm_rows": (tf.UnitNorm(per="unit"), oracle.UnitNorm, {"per": "unit"}),
 }
-ELSEWHERE = {  # test_transforms_wrappers, test_transforms_masking, test_losses, test_private, test_lora_pro, test_mfac; test_oracles
+ELSEWHERE = {  # test_transforms_wrappers, _masking, test_losses, test_private, test_lora_pro, test_mfac; test_oracles (AdamCM)
     tf.Lookahead, tf.LAWN, tf.Layca, tf.TangentProjection, tf.QuantizationPull, tf.NormLoss, tf.StableDecay, tf.Hypergradient,
     tf.Bloop, tf.PrivacyNoise, tf.ErrorFeedback, tf.Cautious, tf.GradientGrouping, tf.CriticalMomenta,
     tf.LoRAPro, tf.LoRAOne, tf.InverseFisher,
