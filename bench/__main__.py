@@ -19,6 +19,7 @@ COMMANDS = {
     "release": "gradient release: peak memory and host time against an ordinary loop",
     "muon": "Muon over GPT-2's matrices against torch.optim.Muon: time and memory of a step",
     "rules": "every update rule trains the demo's model, smaller, at its default learning rate",
+    "predict": "the expected time of a step on a GPU and its limit, from compiled kernels and planned bytes",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }
