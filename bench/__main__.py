@@ -20,6 +20,7 @@ COMMANDS = {
     "muon": "Muon over GPT-2's matrices against torch.optim.Muon: time and memory of a step",
     "rules": "every update rule trains the demo's model, smaller, at its default learning rate",
     "predict": "the expected time of a step on a GPU and its limit, from compiled kernels and planned bytes",
+    "report": "the tables and charts of README from result files; --check compares",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fusedopt.cli import UsageError, write_json
+from fusedopt.cli.table import replaced
 from fusedopt.projections import GaLore
 from fusedopt.rule import optimizers
 from fusedopt.states import state_bytes
@@ -38,17 +39,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.readme.is_file():
         raise UsageError(f"{args.readme} does not exist")
     text = args.readme.read_text()
-    if not all(mark in text for mark in MARKS):
-        raise UsageError(f"{args.readme} lacks the marks {' and '.join(MARKS)}")
-    args.readme.write_text(with_table(text))
+    try:
+        args.readme.write_text(with_table(text))
+    except ValueError as error:
+        raise UsageError(f"{args.readme} {error}") from None
     return 0
 
 
 def with_table(text: str) -> str:
     """A text with the table between its marks."""
-    before, rest = text.split(MARKS[0], 1)
-    after = rest.split(MARKS[1], 1)[1]
-    return f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
+    return replaced(text, MARKS, table())
 
 
 @cache
