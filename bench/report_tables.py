@@ -349,8 +349,8 @@ def releasing(results: Results) -> str:
     size = f"{full['gradient_bytes'] / 4e6:.0f} M fp32 weights in {full['tensors']} tensors"
     return (
         f"With a decoder of {size} the peak of backward and step falls from {mb(full['ordinary_bytes'])} to "
-        f"{mb(full['released_bytes'])} MB, by {mb(full['saved_bytes'])} of the {mb(full['wanted_bytes'])} MB that are the gradients "
-        f"without the largest, in {full['launches']} launches; with bf16 weights from {mb(half['ordinary_bytes'])} to "
+        f"{mb(full['released_bytes'])} MB, by {mb(full['saved_bytes'])} of the {mb(full['wanted_bytes'])} MB of gradients without "
+        f"the largest, in {full['launches']} launches; with bf16 weights from {mb(half['ordinary_bytes'])} to "
         f"{mb(half['released_bytes'])}. Where all matrices are equally large, the first gradient meets all activations: "
         f"{mb(equal['saved_bytes'])} of {mb(equal['wanted_bytes'])} MB. With 200 tiny tensors, where only host time counts, a "
         f"released iteration takes {time['fusedopt released']:.2f} times an ordinary one if gradients are collected, and "
