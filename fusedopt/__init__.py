@@ -1,5 +1,7 @@
 """fusedopt: optimizer steps at memory bandwidth: multi-tensor launches, 8-bit states, bf16-safe parameters."""
 
+from typing import TYPE_CHECKING
+
 from fusedopt import rule as _rule
 from fusedopt.backends.select import use_backend
 from fusedopt.factory import create
@@ -42,6 +44,9 @@ from fusedopt.weights import Int8Weight, quantize_weights_
 _rule.scan()
 
 from fusedopt.model_building import SMB  # noqa: E402  (it steps by a rule)
+
+if TYPE_CHECKING:  # what the two next lines find, for type checkers and editors
+    from fusedopt.classes import *  # noqa: F403
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...

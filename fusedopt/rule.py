@@ -157,7 +157,7 @@ class Rule:
 
 
 _rules: dict[str, Rule] = {}
-_optimizers: dict[str, type] = {}
+_optimizers: dict[str, Any] = {}  # classes, each with arguments of its own
 
 
 def register(rule: Rule) -> Rule:
@@ -194,6 +194,6 @@ def list_rules() -> list[str]:
     return sorted(name for name, rule in _rules.items() if not rule.internal)
 
 
-def optimizers() -> dict[str, type]:
+def optimizers() -> dict[str, Any]:
     """Optimizer classes by the name that `fusedopt.create` takes."""
     return dict(_optimizers)
