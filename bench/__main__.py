@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "run": "measure cases x providers, interleaved, against the copy bandwidth of the same run",
+    "scaling": "time against parameters, tensors and threads, and where cost grows faster than work",
     "compare": "two result files: which ratios changed beyond noise",
     "plot": "a result file as PNG charts",
     "accuracy": "what formats and precisions cost: errors on real moments, drift, losses over seeds",
