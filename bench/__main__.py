@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "run": "measure cases x providers, interleaved, against the copy bandwidth of the same run",
+    "scaling": "time against parameters, tensors and threads, and where cost grows faster than work",
     "compare": "two result files: which ratios changed beyond noise",
     "plot": "a result file as PNG charts",
     "accuracy": "what formats and precisions cost: errors on real moments, drift, losses over seeds",
@@ -19,6 +20,8 @@ COMMANDS = {
     "release": "gradient release: peak memory and host time against an ordinary loop",
     "muon": "Muon over GPT-2's matrices against torch.optim.Muon: time and memory of a step",
     "rules": "every update rule trains the demo's model, smaller, at its default learning rate",
+    "predict": "the expected time of a step on a GPU and its limit, from compiled kernels and planned bytes",
+    "report": "the tables and charts of README from result files; --check compares",
     "gates": "registers, spills, access widths, launches and bytes against their limits",
     "gpu": "build, test, measure and plot on the GPU of this machine, one folder",
 }

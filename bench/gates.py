@@ -233,7 +233,7 @@ def mode_gates(archs: tuple[str, ...]) -> list[Gate]:
     module = importlib.import_module("bench.gates_cuda_modes")
     rows = []
     for row in module.compiled(archs):
-        form, precision = row["mode"]
+        form, precision, *_ = row["mode"]
         what = f"adamw {form} states, bf16 p and g, {precision} {row['arch']}"
         count, budget = row["instructions"], module.BUDGET
         good = OK if count <= budget else FAIL

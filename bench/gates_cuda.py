@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 import build as simt  # noqa: E402
 
+sys.path.insert(0, str(ROOT))
+from bench.sass import access_widths  # noqa: E402
+
 ARCHS = ("sm_80", "sm_90")
-WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 
 def nvcc() -> str | None:
@@ -76,16 +77,6 @@ def _dump(path: Path, flag: str) -> str:
 def functions(path: Path) -> dict[str, str]:
     """The SASS of each function of a cubin by its symbol."""
     return {body.split()[0]: body for body in _dump(path, "-sass").split("Function : ")[1:]}
-
-
-def access_widths(ops: list[str]) -> dict[str, Counter]:
-    """Bits of a global access: how often, for LDG and STG."""
-    widths = {"LDG": Counter(), "STG": Counter()}
-    for op in ops:
-        name, *flags = op.split(".")
-        if name in widths:
-            widths[name][next((WIDTHS[f] for f in flags if f in WIDTHS), 32)] += 1
-    return widths
 
 
 def read_cubin(path: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import fusedopt  # noqa: F401  (registers the rules)
-from bench.sass import loop_instructions
+from bench.sass import access_widths, main_loop
 from fusedopt.abi import Phase
 from fusedopt.formats import get_format
 from fusedopt.precision import get_precision
@@ -168,12 +168,7 @@ def cuda_resources(kernel) -> dict:
     usage, sass = cuda_listing(kernel, "-res-usage"), cuda_listing(kernel)
     use = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
-    widths: dict[str, Counter] = {"LDG": Counter(), "STG": Counter()}
-    for op in instructions:
-        name, *flags = op.split(".")
-        if name in widths:
-            narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-            widths[name][next((narrow[f] for f in flags if f in narrow), 32)] += 1
+    widths, loop = access_widths(instructions), main_loop(sass)
     return {
         "registers": use["REG"],
         "spills": use["STACK"] + use["LOCAL"] + sum(op.startswith(("LDL", "STL")) for op in instructions),
@@ -181,7 +176,8 @@ def cuda_resources(kernel) -> dict:
         "loads": dict(widths["LDG"]),
         "stores": dict(widths["STG"]),
         "instructions": len(instructions),
-        "per_parameter": loop_instructions(sass) / 8,
+        "per_parameter": loop["instructions"] / 8,
+        "loop": loop,
         "barriers": sum(op.startswith("BAR") for op in instructions),
     }
 

@@ -12,8 +12,15 @@ OTHER = "#d9a441"
 CHARTS = {
     "share": ("share of the byte limit at the copy bandwidth of the same round (longer is better)", "share_of_copy"),
     "ratio": ("time of a step / torch fused of the same round (shorter is better)", "ratio"),
+    "stream": (
+        "share of the byte limit at the bandwidth of an in-place add, same round (longer is better)",
+        "share_of_stream",
+    ),
     "host": ("host time per tensor, microseconds (shorter is better)", "host_us_per_tensor"),
 }
+
+SHARES = ("share", "stream")
+WRITTEN = ("share", "ratio", "host")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,22 +66,24 @@ def panel(axes, case: dict, rows: list, chart: str) -> None:
         axes.axvline(1, color="#333", linewidth=0.8)
         edges = [q for _, _, q1, q3 in rows for q in (q1, q3)]
         axes.set_xlim(min(0.5, 0.8 * min(edges)), max(2.0, 2.2 * max(edges)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for tick in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            tick(lambda value, _: f"{value:.1g}" if f"{value:.1g}"[-1] in "1235" else "")
     else:
         axes.barh(places, medians, xerr=spread, color=colours, height=0.72, ecolor="#444")
         axes.set_xlim(0, 1.18 * max(q3 for *_, q3 in rows))
-    if chart == "share":
+    if chart in SHARES:
         axes.axvline(1, color="#333", linewidth=0.8, linestyle="--")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     for place, (_, median, _, q3) in zip(places, rows, strict=True):
-        text = f"{median:.0%}" if chart == "share" else f"{median:.3g}"
+        text = f"{median:.0%}" if chart in SHARES else f"{median:.3g}"
         edge = max(q3, 1) if chart == "ratio" else q3
         axes.annotate(text, (edge, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(list(places), names, fontsize=7.5)
     axes.invert_yaxis()
-    axes.tick_params(axis="x", labelsize=7.5)
+    axes.tick_params(axis="x", which="both", labelsize=7.5)
     axes.spines[["top", "right"]].set_visible(False)
-    size = f"{case['elements'] / 1e6:.3g}M elements in {case['tensors']} tensors, {case['param_dtype']}"
+    count = f"{case['tensors']} tensor{'s' if case['tensors'] > 1 else ''}"
+    size = f"{case['elements'] / 1e6:.3g}M elements in {count}, {case['param_dtype']}"
     axes.set_title(f"{case['case']}: {size}", fontsize=9, loc="left")
 
 
@@ -82,7 +91,7 @@ def write(document: dict, folder: Path, stem: str) -> list[Path]:
     """Writes the charts as FOLDER/STEM-CHART.png and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for chart in CHARTS:
+    for chart in WRITTEN:
         figure = draw(document, chart)
         if figure is not None:
             paths.append(folder / f"{stem}-{chart}.png")

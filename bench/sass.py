@@ -1,47 +1,90 @@
-"""Instructions an NVIDIA kernel executes for each round of its main loop, from the text of `cuobjdump -sass`."""
+"""The main loop of an NVIDIA kernel from the text of `cuobjdump -sass`: what a thread executes in a round, and on which units."""
 
 from __future__ import annotations
 
-import heapq
 import re
+from collections import Counter
+from collections.abc import Iterable
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+# Units of an SM by the names of instructions. What is not named only takes an issue slot: moves, branches, uniform numbers.
+UNITS = {
+    "float": "FADD FMUL FFMA HADD2 HMUL2 HFMA2 IMAD",
+    "integer": "IADD3 VIADD LOP3 SHF SHL SHR PRMT SEL FSEL LEA FMNMX VIMNMX IMNMX FSETP ISETP HSETP2 FSET BMSK SGXT IABS "
+    "VABSDIFF F2FP I2FP LOP PLOP3 VOTE FCHK",
+    "convert": "I2F F2I F2F I2I FRND",
+    "special": "MUFU POPC FLO BREV",
+    "load/store": "LDG STG LDS STS LDC LDL STL LD ST SHFL REDUX ATOM ATOMG ATOMS RED LDSM",
+}
+UNIT_OF = {name: unit for unit, names in UNITS.items() for name in names.split()}
 
 
-def loop_instructions(sass: str) -> int:
-    """The length of the shortest way around the loop whose shortest way is longest, 0 without a loop.
+def instructions(body: str) -> list[tuple[int, bool, str, str]]:
+    """(address, whether predicated, name, operands) of each in the text of a function."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", body)
+    return [(int(at, 16), bool(when), name, rest) for at, when, name, rest in found]
 
-    Branches around masked accesses are what makes ways differ: the shortest is that of a full tile. Predicated
-    instructions count whether they act or not, as they do in the machine.
+
+def hot_path(body: str) -> tuple[list[str], int]:
+    """(names along the shortest way round the outermost loop, number of loops) of a function; ([], 0) without a loop.
+
+    The shortest way is that of a full tile or block: it leaves out what only some need. BRA.DIV leads to code for diverged
+    warps, of which there are none. Predicated instructions count whether they act or not, as they do in the machine.
     """
-    lines = [(int(m[1], 16), bool(m[2]), m[3].split(".")[0], m[4]) for m in _LINE.finditer(sass)]
-    index = {address: i for i, (address, *_) in enumerate(lines)}
+    code = instructions(body)
+    index = {at: i for i, (at, *_) in enumerate(code)}
 
-    def target(rest: str) -> int:
-        return index[int(re.search(r"0x([0-9a-f]+)", rest)[1], 16)]
+    def target(i: int) -> int | None:
+        found = re.search(r"0x([0-9a-f]+)\s*$", code[i][3].strip())
+        return index.get(int(found[1], 16)) if found else None
 
-    def successors(i: int) -> list[int]:
-        _, predicated, op, rest = lines[i]
-        predicated = predicated or bool(re.match(r"\s*!?U?P\d", rest))
-        if op == "BRA":
-            return [target(rest)] + ([i + 1] if predicated else [])
-        if op in ("EXIT", "RET"):
-            return [i + 1] if predicated else []
-        return [i + 1] if i + 1 < len(lines) else []
+    def following(i: int) -> list[int]:
+        _, predicated, name, rest = code[i]
+        out = []
+        if name.startswith("BRA") and "DIV" not in name:
+            out = [j for j in (target(i),) if j is not None]
+            predicated = predicated or re.match(r"\s*!?U?P\w", rest) is not None
+        stops = name.startswith(("BRA", "EXIT", "RET")) and "DIV" not in name and not predicated
+        return out if stops else [*out, i + 1]
 
-    longest = 0
-    for end, (_, _, op, rest) in enumerate(lines):
-        start = target(rest) if op == "BRA" else end
-        if start >= end:
-            continue
-        distance, heap = {start: 1}, [(1, start)]
-        while heap:
-            steps, i = heapq.heappop(heap)
-            if i == end:
-                longest = max(longest, steps)
-                break
-            for j in successors(i):
-                if steps + 1 < distance.get(j, len(lines) + 2):
-                    distance[j] = steps + 1
-                    heapq.heappush(heap, (steps + 1, j))
-    return longest
+    reached, edges, todo = {0}, {}, [0]
+    while todo:
+        i = todo.pop()
+        edges[i] = [j for j in following(i) if j < len(code)]
+        todo += [j for j in edges[i] if j not in reached]
+        reached.update(edges[i])
+    back = [(i, j) for i in edges for j in edges[i] if j <= i and code[i][2].startswith("BRA") and i != j]
+    if not back:
+        return [], 0
+    last, first = max(back, key=lambda edge: edge[0] - edge[1])
+    before: dict[int, int] = {first: first}
+    level = [first]
+    while last not in before:  # breadth first: instructions have equal weight
+        level = [j for i in level for j in edges[i] if first <= j <= last and before.setdefault(j, i) == i]
+    path = [last]
+    while path[-1] != first:
+        path.append(before[path[-1]])
+    return [code[i][2] for i in reversed(path) if code[i][2] != "NOP"], len(back)
+
+
+def access_widths(names: Iterable[str]) -> dict[str, Counter]:
+    """Bits of a global access: how often, for LDG and STG."""
+    widths: dict[str, Counter] = {"LDG": Counter(), "STG": Counter()}
+    for name in names:
+        op, *flags = name.split(".")
+        if op in widths:
+            widths[op][next((WIDTHS[f] for f in flags if f in WIDTHS), 32)] += 1
+    return widths
+
+
+def units(names: Iterable[str]) -> dict[str, int]:
+    """How many instructions each unit of UNITS gets."""
+    counts = Counter(UNIT_OF.get(name.split(".")[0]) for name in names)
+    return {unit: counts[unit] for unit in UNITS}
+
+
+def main_loop(body: str) -> dict:
+    """Of a round of the main loop, a thread's: instructions, units, read (bytes loaded from global memory), loops."""
+    path, loops = hot_path(body)
+    read = sum(bits // 8 * n for bits, n in access_widths(path)["LDG"].items())
+    return {"instructions": len(path), "units": units(path), "read": read, "loops": loops}

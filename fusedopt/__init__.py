@@ -1,5 +1,7 @@
 """fusedopt: optimizer steps at memory bandwidth: multi-tensor launches, 8-bit states, bf16-safe parameters."""
 
+from typing import TYPE_CHECKING
+
 from fusedopt import rule as _rule
 from fusedopt.backends.select import use_backend
 from fusedopt.factory import create
@@ -47,6 +49,9 @@ from fusedopt.gauss_newton import EGN  # noqa: E402  (these step by a rule)
 from fusedopt.lora_optimizers import LoFTAdamW, LoRAProAdamW  # noqa: E402
 from fusedopt.mfac import MFAC  # noqa: E402
 from fusedopt.model_building import SMB  # noqa: E402
+
+if TYPE_CHECKING:  # what the two next lines find, for type checkers and editors
+    from fusedopt.classes import *  # noqa: F403
 
 globals().update({cls.__name__: cls for cls in _rule.optimizers().values()})  # one class per rule: AdamW, Lion, ...
 globals().update({cls.__name__: cls for cls in TRANSFORMS})  # gradient transforms: Grokfast, OrthoGrad, ...

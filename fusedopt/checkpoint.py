@@ -6,6 +6,7 @@ from collections import defaultdict
 from copy import deepcopy
 from itertools import chain
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
             f"{[*rule.state_names, *rule.memory, *kept, *transformed]}. Load a state dict of the same "
             f"optimizer{_and_transforms(entry)}."
         )
-    out: dict = {}
+    out: Any = {}
     owner = p
     if is_dtensor(p):
         entry, out, p = Loader(what, p, entry).load(rule), LocalEntry(p, {}), local(p)

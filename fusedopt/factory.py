@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusedopt.formats import ALIASES, get_format, list_formats
 from fusedopt.projections import Projection, get_projection, list_projections
 from fusedopt.rule import optimizers
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer import FusedOptimizer
 
 SUFFIXES = {"": None, "8bit": "8bit", "4bit": "4bit", **{f"_{name}": name for name in list_formats()}}
 
@@ -63,7 +67,7 @@ def take_projection(name: str, options: dict) -> Projection | None:
     return cls(**{key: options.pop(key) for key in names})
 
 
-def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
+def create(name: str, params_or_model, **options) -> FusedOptimizer:
     """An optimizer by name, e.g. create("adamw8bit", model, lr=3e-4) or create("galore_adamw8bit", model, rank=128).
 
     Args:
@@ -84,7 +88,7 @@ def create(name: str, params_or_model, **options) -> torch.optim.Optimizer:
     return cls(params, **options)
 
 
-def class_and_options(name: str, options: dict) -> tuple[type, dict]:
+def class_and_options(name: str, options: dict) -> tuple[Any, dict]:
     """The class and its arguments that a name and options mean together: what `create` calls."""
     base, form = parse_name(name)
     options = dict(options)

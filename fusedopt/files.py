@@ -24,7 +24,7 @@ from fusedopt.optimizer import FusedOptimizer
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 KIND, VERSION = "fusedopt.checkpoint", 1
 _SUFFIX = ".saving"

@@ -57,7 +57,7 @@ class TakesLoss(FusedOptimizer):
         return loss
 
     # As in FusedOptimizer: schedulers must not wrap the step, which notes that it was called.
-    step._wrapped_by_lr_sched = True
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def reads_loss(self) -> bool:
         """Whether the rule of any group does."""

@@ -40,7 +40,7 @@ def sampled(t: torch.Tensor, count: int) -> torch.Tensor:
 def names_of(opt, model: torch.nn.Module | None) -> list[str]:
     """A name for every parameter of an optimizer, by tensor id."""
     known = {} if model is None else {p: name for name, p in model.named_parameters()}
-    names = []
+    names: list[str] = []
     for group in opt.param_groups:
         given = group.get("param_names") or [None] * len(group["params"])
         for p, name in zip(group["params"], given, strict=True):
@@ -71,7 +71,7 @@ class Metrics(Mapping):
     def __init__(self, step: int | None = None, layout=(), vectors=(), finish=None):
         self.step = step
         self._layout, self._finish, self._values = layout, finish, None
-        self._vectors = []
+        self._vectors: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
         for vector in vectors:
             if vector.device.type != "cuda":
                 self._vectors.append((vector.clone(), None))

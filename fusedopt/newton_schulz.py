@@ -47,7 +47,8 @@ def schedule(coefficients: Sequence[float] | str, steps: int) -> Coefficients:
         )
     if isinstance(coefficients, str) or len(coefficients) != 3 or not all(math.isfinite(x) for x in coefficients):
         raise ValueError(f"Invalid ns_coefficients value: {coefficients!r}; it is (a, b, c) or 'polar_express'")
-    return (tuple(float(x) for x in coefficients),) * steps
+    a, b, c = map(float, coefficients)
+    return ((a, b, c),) * steps
 
 
 def orthogonalize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class Row:
     step: int
     view: torch.Tensor | None = None
     plain: bool = False  # of a launch over updates, which are neither unscaled nor negated
-    site: object | None = None  # counts steps for the rule in its own way (a projection that resets states)
+    site: Any = None  # counts steps for the rule in its own way (a projection that resets states)
     like: int | None = (
         None  # the row that this one is a copy of, for a tensor with numbers of its own (fusedopt.measures)
     )

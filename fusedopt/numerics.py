@@ -101,7 +101,8 @@ class NumericsCheck:
         bad = [i for i in sorted(suspects) if not tensors[i][3].detach().isfinite().all()]
         if bad:
             self._order = {}
-            raise self._error(*tensors[bad[0]], when, len({id(tensors[i][2]) for i in bad}) - 1)
+            kind, state, slot, t = tensors[bad[0]]
+            raise self._error(kind, state, slot, t, when, len({id(tensors[i][2]) for i in bad}) - 1)
 
     def _error(self, kind: str, state: str | None, slot, t: torch.Tensor, when: str, others: int) -> NonFiniteError:
         opt, values = self._opt, t.detach()

@@ -231,8 +231,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
             if result is not None:
                 state_dict = result
         self.__setstate__(checkpoint.prepare(self, state_dict))
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # Stepping
 
@@ -345,7 +345,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
 
     # What torch's schedulers set when they replace `step` by a wrapper that notes the call, which torch.compile cannot trace.
     # The step notes it itself, so they leave it alone.
-    step._wrapped_by_lr_sched = True
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     @torch._disable_dynamo
     def _step_eagerly(self) -> None:
@@ -423,7 +423,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
 
     def _end_of_parts(self) -> None:
         """Called when all parts of a step have been run."""
-        self._lost_updates.finish()
+        if self._lost_updates is not None:
+            self._lost_updates.finish()
         for watcher in self._watchers:
             watcher.finish()
 

@@ -76,7 +76,7 @@ class DevicePlan:
             rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, get_precision(bucket.key.precision)
             base = Work(bucket.key, rule, form, precision, bucket.items(None) if bucket.native else [], bucket.table,
                         bucket.chunks, self.scalars.table, [], bucket.chunk, bucket.grains)  # fmt: skip
-            phases = (Phase.APPLY if rule.trust_on == "update" else Phase.FUSED,)
+            phases: tuple[Phase, ...] = (Phase.APPLY if rule.trust_on == "update" else Phase.FUSED,)
             phases = (Phase.PROBE, *phases) if rule.probes else phases
             phases = (Phase.NORM, *phases)
             if bucket.key.projected:
@@ -104,6 +104,7 @@ class DevicePlan:
             counts = [int(v) for v in values]
             counter = torch.tensor(counts, dtype=dtype, device=self.device if on_device else "cpu")
             known: dict[tuple, int] = {}
+            place: tuple
             for i, (slot, count) in enumerate(zip(mine, counts, strict=True)):
                 slot.entry["step"] = counter[i]
                 mode = opt.decay_mode_for(opt.param_groups[slot.group])
@@ -300,7 +301,7 @@ class Plan:
         self.state_pointers = [v.data_ptr() for v in self.state_tensors]
 
     def _slots(self, opt, grads) -> list[Slot]:
-        found = []
+        found: list[tuple] = []
         for (tensor_id, group_index, p), g in zip(self._owners(), grads, strict=True):
             if g is None:
                 continue

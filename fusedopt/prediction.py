@@ -3,7 +3,7 @@ algorithm 1: gradients are taken where momentum will have brought the weights, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +24,7 @@ def _adam(c, exp_avg, exp_avg_sq, max_exp_avg_sq=None):
 
 
 # What a rule's next update is expected to be, from its states, before the learning rate.
-EXPECTED = {"sgd_momentum": _momentum, "adam": _adam, "adam_amsgrad": _adam}
+EXPECTED: dict[str, Callable] = {"sgd_momentum": _momentum, "adam": _adam, "adam_amsgrad": _adam}
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def compose(name: str, *parts: Rule, **changes) -> Rule:
 
 
 _rules: dict[str, Rule] = {}
-_optimizers: dict[str, type] = {}
+_optimizers: dict[str, Any] = {}  # classes, each with arguments of its own
 
 
 def register(rule: Rule) -> Rule:
@@ -208,6 +208,6 @@ def list_rules() -> list[str]:
     return sorted(name for name, rule in _rules.items() if not rule.internal)
 
 
-def optimizers() -> dict[str, type]:
+def optimizers() -> dict[str, Any]:
     """Optimizer classes by the name that `fusedopt.create` takes."""
     return dict(_optimizers)

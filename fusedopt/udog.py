@@ -11,6 +11,7 @@ import torch
 from fusedopt.checks import describe
 from fusedopt.distributed import is_dtensor
 from fusedopt.options import check_lr, check_nonnegative
+from fusedopt.transforms.base import Tensors
 
 SHARED = ("distance", "distance_sum", "weight_sum", "change_sum")  # numbers of the whole run, the same in every group
 
@@ -72,6 +73,7 @@ class UDoG(torch.optim.Optimizer):
                 return closure()
         params = [p for p, _ in owners]
         with torch.no_grad():
+            z: Tensors
             start, y, z = self._begin(params)
             shared = {name: float(self.param_groups[0][name]) for name in SHARED}
             first = self.param_groups[0]
@@ -106,7 +108,7 @@ class UDoG(torch.optim.Optimizer):
             group.update(shared)
         return loss
 
-    step._wrapped_by_lr_sched = True
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _begin(self, params: list[torch.Tensor]) -> tuple[list, list, list]:
         """p_0, y and z of each parameter, in fp32 or fp64."""
@@ -124,7 +126,7 @@ class UDoG(torch.optim.Optimizer):
         ]
         return [entry["initial_param"] for entry in entries], [entry["y"] for entry in entries], z
 
-    def _gradients(self, closure, owners, point: list[torch.Tensor]):
+    def _gradients(self, closure, owners, point: Tensors):
         """The loss and the decayed gradients at a point, where the parameters are left."""
         params = [p for p, _ in owners]
         with torch.no_grad():
@@ -155,7 +157,7 @@ class UDoG(torch.optim.Optimizer):
                 self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
 
 
-def _norm(tensors: list[torch.Tensor]) -> float:
+def _norm(tensors: Tensors) -> float:
     """Over all of them, in double precision."""
     home = tensors[0].device
     return float(torch.stack([x.double().square().sum().to(home) for x in tensors]).sum().sqrt())

@@ -19,6 +19,14 @@ def test_readme_has_the_table_of_the_classes():
         assert f"`{cls.__name__}`" in rules.table()
 
 
+def test_type_checkers_know_the_classes(tmp_path):
+    file = tmp_path / "classes.pyi"
+    assert main(["rules", "--stub", str(file)]) == 0
+    kept = README.parent / "fusedopt" / "classes.pyi"
+    assert file.read_text() == kept.read_text(), "run python -m fusedopt rules --stub fusedopt/classes.pyi"
+    assert "from fusedopt.rules.adam import AdamW as AdamW" in file.read_text()
+
+
 def test_a_changed_table_is_seen():
     text = README.read_text()
     stale = text.replace("| `AdamW` | `adamw` |", "| `AdamW` | `adam` |")

@@ -375,7 +375,7 @@ def test_tables(tmp_path, capsys):
     )
     assert "| one | yes | yes |" in capsys.readouterr().out and (tmp_path / "c.md").exists()
     readme.write_text("no marks")
-    with pytest.raises(ValueError, match="needs each of these lines once"):
+    with pytest.raises(ValueError, match="lacks the marks"):
         conformance.put_into(readme, "x")
 
 

@@ -142,7 +142,7 @@ def test_instructions_per_parameter(rows):
 
 def test_the_loop_of_a_listing():
     """The way around a masked access, 5 instructions of 7; the code before and after the loop does not count."""
-    from bench.sass import loop_instructions
+    from bench.sass import hot_path, main_loop
 
     listing = """
         /*0000*/ MOV R1, c[0x0][0x28] ;
@@ -155,7 +155,11 @@ def test_the_loop_of_a_listing():
         /*0070*/ @!P3 BRA 0x10 ;
         /*0080*/ EXIT ;
     """
-    assert loop_instructions(listing) == 5
+    assert hot_path(listing) == (["ISETP.GE.AND", "BRA", "FADD", "FMUL", "BRA"], 1)
+    loop = main_loop(listing)
+    assert (loop["instructions"], loop["read"]) == (5, 0)
+    assert (loop["units"]["float"], loop["units"]["integer"], loop["units"]["load/store"]) == (2, 1, 0)
+    assert hot_path("/*0000*/ EXIT ;") == ([], 0)
 
 
 NUMBERS = """

@@ -16,6 +16,8 @@ import time
 import warnings
 from pathlib import Path
 
+from fusedopt.cli.table import replaced
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results" / "conformance.json"
 LIMIT = 300  # seconds without an answer
@@ -216,11 +218,10 @@ def document(result: dict) -> str:
 
 def put_into(path: Path, text: str) -> None:
     """Replaces what is between the marks of a file. Raises ValueError where they are not there."""
-    content = path.read_text()
-    if any(content.count(mark) != 1 for mark in MARKS):
-        raise ValueError(f"{path} needs each of these lines once: {MARKS[0]!r} and {MARKS[1]!r}")
-    before, rest = content.split(MARKS[0])
-    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    try:
+        path.write_text(replaced(path.read_text(), MARKS, text))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
 
 
 def main(args: argparse.Namespace) -> int:

@@ -193,7 +193,7 @@ def check_seeded(side: str, rank: int) -> None:
         raise ValueError(f"a projection has rank 1 or more, not {rank}")
 
 
-class MatrixKernels:
+class MatrixKernels(Protocol):
     """The kernels of projected and factored steps. Each answers whether it took the work; these take none, and torch's
     operations do instead."""
 
@@ -234,20 +234,22 @@ class MatrixKernels:
         return False
 
 
-class Backend(Protocol):
+class Backend(MatrixKernels, Protocol):
     """Steps buckets. `supports` answers None or the reason why not; `launch` runs one Work on the current stream."""
 
     name: str
 
     def supports(self, key: BucketKey) -> str | None: ...
 
+    def reason(self) -> str | None:
+        """Why it can step nothing here, or None."""
+        ...
+
     def units(self, device: torch.device) -> int:
         """Parallel units (SMs or threads) the chunk size should fill."""
         ...
 
     def launch(self, work: Work) -> None: ...
-
-    # and the methods of MatrixKernels
 
     def quantize(self, x: torch.Tensor, form: Format, signed: bool, codes: torch.Tensor, scale: torch.Tensor) -> None:
         """Encodes a flat tensor (fp32, bf16, fp16) in a blockwise format into `codes` and `scale`, both whole and contiguous."""

@@ -52,7 +52,7 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.view(-1)
 
 
-def _code(x: torch.Tensor | None) -> int:
+def _code(x) -> int:
     return 0 if x is None else DTYPE_CODES[x.dtype]
 
 

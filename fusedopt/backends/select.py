@@ -61,7 +61,7 @@ def choose(key: BucketKey, asked: str | None) -> tuple[str, list[str]]:
         if why is not None:
             raise RuntimeError(why)
         return asked, []
-    reasons = []
+    reasons: list[str] = []
     for name in automatic_order(key.device):
         why = get_backend(name).supports(key._replace(backend=name))
         if why is None:

@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def devices() -> list[torch.device]:
     found = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        found += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        found += [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
     return found
 
 

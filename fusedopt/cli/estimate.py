@@ -17,6 +17,7 @@ import importlib
 import math
 import sys
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def from_count(text: str, dtype: torch.dtype) -> Model:
 
 def from_config(path: str, dtype: torch.dtype) -> Model:
     name, shapes = read_config(path)
-    trained = [_meta(shape, dtype) for shape in shapes]
+    trained: list[torch.Tensor] = [_meta(shape, dtype) for shape in shapes]
     return Model(name, trained, [], [p for p, shape in zip(trained, shapes, strict=True) if isinstance(shape, Table)])
 
 
@@ -94,7 +95,7 @@ def from_module(target: str, dtype: torch.dtype | None) -> Model:
         raise UsageError(f"--model {target!r}: write module:callable, e.g. my_model:build")
     sys.path.insert(0, "")
     try:
-        found = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
         if not isinstance(found, torch.nn.Module):

@@ -7,13 +7,16 @@ import inspect
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fusedopt.cli import UsageError, write_json
+from fusedopt.cli.table import replaced
 from fusedopt.projections import GaLore
 from fusedopt.rule import optimizers
 from fusedopt.states import state_bytes
+from fusedopt.transforms import TRANSFORMS
 
 MARKS = ("<!-- rules: written by python -m fusedopt rules --readme README.md -->", "<!-- end of rules -->")
 FORMATS = ("fp32", "bf16", "int8", "int4")
@@ -24,6 +27,9 @@ HEAD = "| class | name for `create` | states | bytes per parameter: fp32, bf16, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="PATH", help="write the table to a file as JSON ('-': standard output)")
     parser.add_argument(
+        "--stub", type=Path, metavar="FILE", help="write fusedopt/classes.pyi instead: the classes for type checkers"
+    )
+    parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="put the table between the marks in this file instead"
     )
 
@@ -32,23 +38,25 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, records())
         return 0
+    if args.stub is not None:
+        args.stub.write_text(stub())
+        return 0
     if args.readme is None:
         print(table())
         return 0
     if not args.readme.is_file():
         raise UsageError(f"{args.readme} does not exist")
     text = args.readme.read_text()
-    if not all(mark in text for mark in MARKS):
-        raise UsageError(f"{args.readme} lacks the marks {' and '.join(MARKS)}")
-    args.readme.write_text(with_table(text))
+    try:
+        args.readme.write_text(with_table(text))
+    except ValueError as error:
+        raise UsageError(f"{args.readme} {error}") from None
     return 0
 
 
 def with_table(text: str) -> str:
     """A text with the table between its marks."""
-    before, rest = text.split(MARKS[0], 1)
-    after = rest.split(MARKS[1], 1)[1]
-    return f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
+    return replaced(text, MARKS, table())
 
 
 @cache
@@ -58,13 +66,22 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def stub() -> str:
+    """Imports of every class that `fusedopt` finds when it is imported, which type checkers cannot."""
+    found = sorted((cls.__module__, cls.__name__) for cls in {*optimizers().values(), *TRANSFORMS})
+    lines = [f"from {module} import {name} as {name}" for module, name in found]
+    return "\n".join(
+        ["# ruff: noqa: I001", "# Written by python -m fusedopt rules --stub fusedopt/classes.pyi", *lines, ""]
+    )
+
+
 def records() -> list[dict[str, str]]:
     """The rows of the table by column."""
     keys, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table().splitlines())
     return [dict(zip(keys, cells, strict=True)) for cells in rows]
 
 
-def row(name: str, cls: type) -> str:
+def row(name: str, cls: Any) -> str:
     names, costs = states_and_costs(cls)
     cells = [
         f"`{cls.__name__}`", f"`{name}`", ", ".join(names), ", ".join(costs), reductions(cls),
@@ -73,7 +90,7 @@ def row(name: str, cls: type) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def states_and_costs(cls: type) -> tuple[list[str], list[str]]:
+def states_and_costs(cls: Any) -> tuple[list[str], list[str]]:
     """Names of the states of a matrix under the default options, and their bytes per element by format."""
     names: list[str] = []
     costs = []
@@ -92,7 +109,7 @@ def states_and_costs(cls: type) -> tuple[list[str], list[str]]:
     return names, costs[:1] if len(set(costs)) == 1 else costs
 
 
-def reductions(cls: type) -> str:
+def reductions(cls: Any) -> str:
     """What a step sums over before it updates: its rule, and the gradient transforms that are a part of the class."""
     if cls.needs_shapes:
         return "rows and columns"
@@ -111,7 +128,7 @@ def reductions(cls: type) -> str:
     return ", ".join(dict.fromkeys(found)) or "none"
 
 
-def takes_projections(cls: type) -> bool:
+def takes_projections(cls: Any) -> bool:
     try:
         cls([torch.zeros(SIDE, SIDE)], projection=GaLore(rank=4))
     except ValueError:
@@ -119,11 +136,11 @@ def takes_projections(cls: type) -> bool:
     return True
 
 
-def source(cls: type) -> str:
+def source(cls: Any) -> str:
     """The paper that a class's docstring names, without what is said of the implementation."""
     ends = r", (?:as|with|which|where|in its)\b|, weighted|;|\.\s|\.?$"
     found = re.search(
-        rf"Source: (arXiv [^(]+?|.+?)(?: \(with| \(which| \(without|{ends})", inspect.getdoc(cls), re.DOTALL
+        rf"Source: (arXiv [^(]+?|.+?)(?: \(with| \(which| \(without|{ends})", inspect.getdoc(cls) or "", re.DOTALL
     )
     if found is None:
         raise ValueError(f"the docstring of {cls.__name__} has no source")

@@ -36,7 +36,8 @@ def _fastest(work, device: torch.device, budget: float, inner: int) -> float:
     """
     work()
     _wait(device)
-    times, end = [], time.perf_counter() + budget
+    times: list[float] = []
+    end = time.perf_counter() + budget
     while len(times) < 3 or len(times) < 15 and time.perf_counter() < end:
         begin = time.perf_counter()
         for _ in range(inner):

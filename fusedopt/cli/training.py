@@ -111,7 +111,7 @@ def build_optimizer(
     that it takes the same share of a weight away in a step. options: of the projection or the class, instead of the recipe's.
     Raises UsageError where the optimizer refuses the options, or the projection every matrix.
     """
-    recipe = dict(RECIPES.get("adamw" if name == TORCH else parse_name(name)[0], {}))
+    recipe: dict = dict(RECIPES.get("adamw" if name == TORCH else parse_name(name)[0], {}))
     decay = recipe.pop("weight_decay", 0.0)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     splits = name != TORCH and optimizers()[parse_name(name)[0]].splits_models
@@ -120,6 +120,7 @@ def build_optimizer(
     groups = [{**group, "weight_decay": decay} for group in groups]
     groups.append({"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0})
     own: dict = {}
+    opt: torch.optim.Optimizer
     try:
         if name == TORCH:
             opt = torch.optim.AdamW(groups, **recipe, **options)

@@ -7,6 +7,7 @@ where the block sizes agree. Only names and views change here; nothing is decode
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def kind(state_dict: dict) -> str | None:
     return None
 
 
-def adopt(state_dict: dict, cls: type | None, defaults: dict | None) -> dict:
+def adopt(state_dict: dict, cls: Any, defaults: dict | None) -> dict:
     """A foreign state dict under our names, sharing its tensors. cls, defaults: the optimizer class and its group options."""
     if kind(state_dict) == "torchao":
         return _from_torchao(state_dict)
@@ -68,7 +69,7 @@ def resolve(optimizer, state_dict: dict) -> tuple[type, dict]:
     return cls, cls([torch.zeros(1)]).defaults
 
 
-def _from_bitsandbytes(state_dict: dict, cls: type, defaults: dict) -> dict:
+def _from_bitsandbytes(state_dict: dict, cls: Any, defaults: dict) -> dict:
     if "trust_coefficient" in defaults:
         raise ValueError(
             "LARS: bitsandbytes keeps gradients in the momentum buffer, this LARS keeps them scaled by its trust ratio. "

@@ -165,8 +165,8 @@ def square_sums(p, tile, stop, ALIGNED: tl.constexpr):
                 x = tl.load(p + (first + piece) + local, mask=piece + local < last, other=0.0)
         else:
             x = tl.load(p + (first + piece) + local, mask=piece + local < last, other=0.0)
-        x = x.to(tl.float32)
-        total += x * x
+        wide = x.to(tl.float32)  # not x: Triton 3.2 wants it to keep its dtype in the loop
+        total += wide * wide
         at += 1
     return tl.sum(total, axis=1)
 

@@ -63,7 +63,7 @@ def update_tile(u, row, col, target, PRECISION: tl.constexpr, EIGHTS: tl.constex
     w = load_param(p, c, local, inside, False, PRECISION, False)
     w = w - (lr * u + decay * w)
     random16 = None
-    if PRECISION == STOCHASTIC or PRECISION == KAHAN or PRECISION == SPLIT24:
+    if (PRECISION == STOCHASTIC or PRECISION == KAHAN) or PRECISION == SPLIT24:
         if EIGHTS:
             i, j = places(row, col // 8, u.shape[0], u.shape[1] // 8)
             random16 = octet_bits(seed, step, tensor, i * (cols // 8) + j, 0)

@@ -79,7 +79,7 @@ def store_param(
 ):  # fmt: skip
     """p, c: of the tile's first element."""
     random16 = None
-    if PRECISION == STOCHASTIC or PRECISION == KAHAN or PRECISION == SPLIT24:
+    if (PRECISION == STOCHASTIC or PRECISION == KAHAN) or PRECISION == SPLIT24:
         random16 = uniform16(seed, step, tensor, first_octet, tile, 0, local.shape[0])
     store_rounded(x, random16, p, c, local, inside, whole, PRECISION, ALIGNED)
 

@@ -149,7 +149,7 @@ def store_codes(x, p, scales, tile, local, inside, whole, left, FORMAT: tl.const
 @triton.jit
 def load_state(p, scales, tile, local, inside, whole, left, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
     FORMAT_ID: tl.constexpr = FORMAT & 0xFF
-    if FORMAT_ID == FP32 or FORMAT_ID == BF16 or FORMAT_ID == BF16_STOCHASTIC:
+    if (FORMAT_ID == FP32 or FORMAT_ID == BF16) or FORMAT_ID == BF16_STOCHASTIC:
         return widen(load_stream(p + tile * (local.shape[0] * 256), local, inside, whole, 0.0, ALIGNED))
     else:
         return load_codes(p, scales, tile, local, inside, whole, left, FORMAT, ALIGNED)

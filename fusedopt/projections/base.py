@@ -8,7 +8,7 @@ a matrix product whose epilogue is the parameter update.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -247,7 +247,8 @@ class Site:
 
     def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,
                  group: dict, place: tuple[int, int]):  # fmt: skip
-        self.projection, self.entry, self.tensor_id, self.place = projection, entry, tensor_id, place
+        self.projection: Any = projection  # of the site's own class, with its options
+        self.entry, self.tensor_id, self.place = entry, tensor_id, place
         self.seed = group["seed"]
         self.shape = matrix_shape(p)
         wide = torch.float64 in (p.dtype, grad_dtype)

@@ -8,6 +8,7 @@ that range, so that formats, precisions and random bits are those of any other s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ class PieceLaunch:
 
     def __init__(self, pieces: Pieces, slot, scalars, row: int, rule: Rule, phase: Phase, *,
                  target: torch.Tensor | Scratch | None = None,
-                 states: list[tuple[torch.Tensor | Scratch, torch.Tensor | None, Format]] = (),
+                 states: Sequence[tuple[torch.Tensor | Scratch, torch.Tensor | None, Format]] = (),
                  grad_dtype: torch.dtype = torch.float32):  # fmt: skip
         self.pieces, self.slot, self.scalars, self.row = pieces, slot, scalars, row
         self.target = slot.work_param if target is None else target

@@ -3,6 +3,8 @@ Stochastic Optimization" (arXiv 2101.11075), algorithm 1."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fusedopt.kernels.language import jit, tl
@@ -79,7 +81,7 @@ def direction_momentum(g, p, grad_sum_sq, s, x0, c):
 
 
 SUMS = (State("grad_sum_sq", signed=False, wide=True), State("s", wide=True))
-RATES = {"step_size": displacement, "decay": decay}
+RATES: dict[str, Any] = {"step_size": displacement, "decay": decay}
 MADGRAD_PLAIN = register(Rule("madgrad", SUMS, NAMES, scalars, reference, direction, **RATES))
 MADGRAD_MOMENTUM = register(
     Rule(

@@ -18,6 +18,8 @@ from fusedopt.memory import empty_like, flat, is_dense, strides_match
 from fusedopt.numbers import ScalarTable
 from fusedopt.weights import Int8Weight
 
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]  # what torch's foreach functions take and give
+
 # Elements that a transform with temporaries works on at a time: few launches on a GPU, what fits in a cache on the CPU
 CHUNK, CPU_CHUNK = 1 << 25, 1 << 19
 SCOPES = ("element", "row", "tensor", "model")
@@ -119,7 +121,7 @@ class Batch:
     opt: torch.optim.Optimizer
     device: torch.device
     slots: list
-    grads: list[torch.Tensor]
+    grads: Tensors
     skip: torch.Tensor | None
     on_device: bool
     constants: dict
@@ -151,7 +153,8 @@ class Batch:
     def chunks(self) -> Iterator[Batch]:
         """Batches of at most a chunk of elements, or of one tensor; of whole tensors, so that every process of a mesh makes the
         same ones."""
-        which, count = [], 0
+        which: list[int] = []
+        count = 0
         most = CPU_CHUNK if self.device.type == "cpu" else CHUNK
         for i, slot in enumerate(self.slots):
             if which and count + slot.owner.numel() > most:
@@ -174,7 +177,7 @@ class Batch:
     def states(self, name: str) -> list[torch.Tensor]:
         return [slot.entry[name] for slot in self.slots]
 
-    def put(self, states: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    def put(self, states: Tensors, values: Tensors) -> None:
         """Sets states, unless the step is skipped."""
         if self.skip is None:
             torch._foreach_copy_(states, values)
@@ -190,10 +193,10 @@ class Batch:
             before = [int(x) for x in torch.stack([c.cpu() for c in counts]).tolist()]
             torch._foreach_add_(counts, 1)
             return before
-        before = torch.stack(counts)
+        counted = torch.stack(counts)
         step = torch.ones((), device=self.device) if self.skip is None else (~self.skip).float()
-        torch._foreach_copy_(counts, list((before + step).unbind()))
-        return before
+        torch._foreach_copy_(counts, list((counted + step).unbind()))
+        return counted
 
     # Weights
 
@@ -212,7 +215,7 @@ class Batch:
             out.append(_laid_out(p.to(g.dtype), g))
         return out
 
-    def set_weights(self, values: list[torch.Tensor]) -> None:
+    def set_weights(self, values: Tensors) -> None:
         """Sets weights and what is kept beside them, unless the step is skipped. Rounds to nearest."""
         for slot, value in zip(self.slots, values, strict=True):
             p = slot.param.detach()
@@ -244,15 +247,15 @@ class Batch:
             sums.index_copy_(0, index, add_up(sums.index_select(0, index), groups))
         return sums
 
-    def sums(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+    def sums(self, tensors: Tensors) -> torch.Tensor:
         """fp64 [n]: the sum of each tensor's elements, over all its shards. torch.sum adds in a tree, also on the CPU."""
         return self.add_up(torch.stack([x.sum() for x in tensors]).double())
 
-    def dots(self, xs: list[torch.Tensor], ys: list[torch.Tensor]) -> torch.Tensor:
+    def dots(self, xs: Tensors, ys: Tensors) -> torch.Tensor:
         """fp64 [n]: the inner product of each pair."""
         return self.sums(torch._foreach_mul(xs, ys))
 
-    def square_norms(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+    def square_norms(self, tensors: Tensors) -> torch.Tensor:
         """fp64 [n]: |x|^2 of each tensor. The CPU's norms add in fp32 one by one: 4 % off at 10^8 elements."""
         if self.device.type == "cpu":
             return self.add_up(torch.stack([x.square().sum() for x in tensors]).double())

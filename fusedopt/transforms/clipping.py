@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedopt.transforms.base import Batch, Transform
+from fusedopt.transforms.base import Batch, Tensors, Transform
 
 
 def check_positive(cls: str, name: str, value) -> None:
@@ -128,7 +128,7 @@ def unit_dims(x: torch.Tensor) -> tuple[int, ...]:
     return (1,) if x.dim() <= 3 else tuple(range(1, x.dim()))
 
 
-def unit_norms(batch: Batch, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def unit_norms(batch: Batch, tensors: Tensors) -> list[torch.Tensor]:
     """|x| of each unit: of the rows of matrices, the filters of convolutions (dimension 1 alone of 3-D tensors), and of whole
     vectors; dimensions are kept."""
     out: list = [None] * len(tensors)

@@ -13,7 +13,7 @@ from fusedopt.transforms.base import Batch, Transform, _laid_out
 from fusedopt.transforms.clipping import check_positive
 
 
-def _dot(xs: list[torch.Tensor | None], ys: list[torch.Tensor | None]) -> torch.Tensor:
+def _dot(xs: Sequence[torch.Tensor | None], ys: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """fp64, 0-dim, on the first one's device: the inner product over all tensors; None is zero."""
     parts = [(x.float() if x.dtype.itemsize < 4 else x).mul(y).sum(dtype=torch.float64)
              for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]  # fmt: skip
@@ -62,7 +62,7 @@ def pcgrad(
             p.grad = None if g is None else (g * scale).to(p.dtype)
 
 
-def combine(each: list[list[torch.Tensor | None]], seed: int = 0, step: int = 0) -> list[torch.Tensor | None]:
+def combine(each: Sequence[Sequence[torch.Tensor | None]], seed: int = 0, step: int = 0) -> list[torch.Tensor | None]:
     """The sum over losses of gradients without what conflicts; None where no loss reaches a parameter."""
     gen = torch.Generator().manual_seed(mix(seed, step) >> 1)
     squares = [_dot(g, g) for g in each]

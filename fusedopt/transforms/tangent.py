@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedopt.transforms.base import Batch, Transform
+from fusedopt.transforms.base import Batch, Tensors, Transform
 from fusedopt.transforms.clipping import check_positive
 from fusedopt.transforms.wrappers import decays
 
@@ -21,7 +21,7 @@ class _Held:
     """What a step leaves for its end: of the tensors of two dimensions or more."""
 
     batch: Batch
-    old: list[torch.Tensor]
+    old: Tensors
     square: list[torch.Tensor]  # |p_r|^2 of rows, before the step
     rows: torch.Tensor  # bool [n]: each row is projected
     whole: torch.Tensor  # bool [n]: the tensor is projected as one

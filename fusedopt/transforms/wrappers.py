@@ -13,7 +13,7 @@ import torch
 
 from fusedopt.distributed import is_dtensor
 from fusedopt.states import decode
-from fusedopt.transforms.base import Batch, Transform
+from fusedopt.transforms.base import Batch, Tensors, Transform
 from fusedopt.transforms.clipping import check_positive, unit_norms
 from fusedopt.transforms.orthogonal import remove_component
 
@@ -53,7 +53,7 @@ def on_device(batch: Batch, counts) -> torch.Tensor:
     return torch.as_tensor(counts, dtype=torch.float64).to(batch.device)
 
 
-def scaled(xs: list[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
+def scaled(xs: Tensors, factors: torch.Tensor) -> Tensors:
     return torch._foreach_mul(xs, list(factors.to(xs[0].dtype).unbind()))
 
 
