@@ -15,6 +15,7 @@ from fusedopt.rules.adamax import Adamax as Adamax
 from fusedopt.rules.adamod import AdaMod as AdaMod
 from fusedopt.rules.adamomentum import AdaMomentum as AdaMomentum
 from fusedopt.rules.adamp import AdamP as AdamP
+from fusedopt.rules.adamuon import AdaMuon as AdaMuon
 from fusedopt.rules.ademamix import AdEMAMix as AdEMAMix
 from fusedopt.rules.adog import ADoG as ADoG
 from fusedopt.rules.adopt import ADOPT as ADOPT
@@ -43,6 +44,7 @@ from fusedopt.rules.lion import Lion as Lion
 from fusedopt.rules.madgrad import MADGRAD as MADGRAD
 from fusedopt.rules.mars import MARSAdamW as MARSAdamW
 from fusedopt.rules.mars import MARSLion as MARSLion
+from fusedopt.rules.mars_shampoo import MARSShampoo as MARSShampoo
 from fusedopt.rules.microadam import MicroAdam as MicroAdam
 from fusedopt.rules.muon import Muon as Muon
 from fusedopt.rules.nadam import NAdam as NAdam
@@ -61,6 +63,8 @@ from fusedopt.rules.sgd import SGD as SGD
 from fusedopt.rules.sgd_sai import SGDSaI as SGDSaI
 from fusedopt.rules.sgdp import SGDP as SGDP
 from fusedopt.rules.swats import SWATS as SWATS
+from fusedopt.rules.trust_region import LANTON as LANTON
+from fusedopt.rules.trust_region import TrustRegion as TrustRegion
 from fusedopt.rules.tvlars import TVLARS as TVLARS
 from fusedopt.rules.upgd import AdaptiveUPGD as AdaptiveUPGD
 from fusedopt.rules.upgd import UPGD as UPGD
@@ -72,6 +76,9 @@ from fusedopt.transforms.clipping import ClipValue as ClipValue
 from fusedopt.transforms.critical import CriticalMomenta as CriticalMomenta
 from fusedopt.transforms.filters import Grokfast as Grokfast
 from fusedopt.transforms.filters import GrokfastMA as GrokfastMA
+from fusedopt.transforms.fisher import InverseFisher as InverseFisher
+from fusedopt.transforms.lora import LoRAOne as LoRAOne
+from fusedopt.transforms.lora import LoRAPro as LoRAPro
 from fusedopt.transforms.losses import Bloop as Bloop
 from fusedopt.transforms.masking import Cautious as Cautious
 from fusedopt.transforms.masking import GradientGrouping as GradientGrouping

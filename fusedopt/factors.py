@@ -41,8 +41,8 @@ def sylvester(left: torch.Tensor, right: torch.Tensor, rhs: torch.Tensor) -> tor
         [_trace(x) for x in (left, right)],
         [1 / _trace(torch.linalg.inv_ex(x).inverse) for x in (left, right)],
     )
-    q = [(h * x).sqrt() for h, x in zip(high, low, strict=True)]
-    q = torch.where(high[0] / low[0] <= high[1] / low[1], *q)
+    middles = [(h * x).sqrt() for h, x in zip(high, low, strict=True)]
+    q = torch.where(high[0] / low[0] <= high[1] / low[1], middles[0], middles[1])
     inverses = [torch.linalg.inv_ex(_plus(x, q)).inverse for x in (left, right)]
     q = q[..., None, None]
     x = 2 * q * (inverses[0] @ rhs @ inverses[1])
@@ -104,7 +104,7 @@ class Factors:
             core = core + x
         for i, (ga, gb) in enumerate(zip(grad_a, grad_b, strict=True)):
             ta = left[i] @ ga.double()
-            if closest:
+            if x is not None:
                 ta += x[i] @ self.a[i].double()
             tb = gb.double() @ (self.inverse_a[i] * inverse_s2[i]) - self.b[i].double() @ core[i]
             yield ta.to(ga.dtype), tb.to(gb.dtype)

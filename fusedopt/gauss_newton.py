@@ -4,7 +4,7 @@ Gauss-Newton steps of a mini-batch, by a system as large as its outputs (Duncan 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.func import functional_call, grad, hessian, jacrev, vmap
@@ -116,7 +116,7 @@ class EGN(FusedOptimizer):
         return AVERAGED if group["momentum"] else SGD_PLAIN
 
     @torch._disable_dynamo
-    def step(
+    def step(  # type: ignore[override]  # no closure has what it needs
         self, model: torch.nn.Module | None = None, inputs=None, targets: torch.Tensor | None = None, closure=None
     ):
         """Performs one step, without backward(): .grad is neither read nor written.
@@ -146,11 +146,12 @@ class EGN(FusedOptimizer):
         owners = self._owners(model, params)
         self._check_model(model)
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        loss = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
         sizes = {len(x) if isinstance(x, torch.Tensor) and x.dim() else None for x in (*inputs, targets)}
-        if len(sizes) != 1 or not isinstance(next(iter(sizes)), int) or 0 in sizes:
+        if targets is None or len(sizes) != 1 or not isinstance(next(iter(sizes)), int) or 0 in sizes:
             raise ValueError(f"EGN.step: inputs and targets must be tensors of as many samples, not of {sizes}")
         with torch.no_grad(), torch.autocast(owners[0][1].device.type, enabled=False):
-            batch = _Batch(model, owners, inputs, targets, LOSSES.get(self.loss, self.loss))
+            batch = _Batch(model, owners, inputs, targets, loss)
             batch.differentiate(self.chunk)
             directions, factor = batch.solve(), 1.0
             if self.line_search or self.adaptive_damping:
@@ -165,7 +166,7 @@ class EGN(FusedOptimizer):
                 group["damping"] = min(max(group["damping"] * change, BOUNDS[0]), BOUNDS[1])
         return batch.first
 
-    step._wrapped_by_lr_sched = True
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def step_parameter(self, p, group=None, i=None) -> None:
         """Raises RuntimeError: a step takes the Jacobian of all parameters."""
@@ -219,6 +220,7 @@ class _Batch:
     inputs: tuple[torch.Tensor, ...]
     targets: torch.Tensor
     loss: Callable
+    J: torch.Tensor = field(init=False)
 
     def __post_init__(self):
         self.params = [p for _, p, _ in self.owners]
@@ -250,7 +252,7 @@ class _Batch:
 
         every = vmap(jacrev(one, has_aux=True), in_dims=(None, 0), randomness="different")
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
-        found, self.J = [], None
+        found, J = [], None
         for first in range(0, self.size, chunk):
             try:
                 jacobians, out = every(self.values, tuple(x[first : first + chunk] for x in self.inputs))
@@ -261,10 +263,10 @@ class _Batch:
                 ) from error
             found.append(out)
             width = out[0].numel()
-            if self.J is None:
+            if J is None:
                 n = sum(p.numel() for p in self.params)
-                self.J = torch.empty(self.size * width, n, dtype=wide, device=out.device)
-            rows = self.J[first * width : (first + len(out)) * width]
+                J = self.J = torch.empty(self.size * width, n, dtype=wide, device=out.device)
+            rows = J[first * width : (first + len(out)) * width]
             column = 0
             for name, p, _ in self.owners:
                 rows[:, column : column + p.numel()].copy_(jacobians[name].reshape(len(rows), p.numel()))

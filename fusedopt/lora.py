@@ -101,6 +101,7 @@ def lora_pairs(
 
 def _pairs_of(name: str, module: nn.Module, first, second, attributes, adapters) -> Iterator[LoraPair]:
     a, b = attributes
+    found: list[tuple]
     if isinstance(first, (nn.ModuleDict, nn.ParameterDict)):
         chosen = [x for x in first if x in second and (adapters is None or x in adapters)]
         found = [(x, name if len(first) == 1 else f"{name}.{x}", first[x], second[x]) for x in chosen]
@@ -187,12 +188,14 @@ def lora_plus_groups(
         check_nonnegative(value or 0.0, what)
     if not ratio > 0:
         raise ValueError(f"Invalid ratio value: {ratio}; it must be positive")
-    pairs, whole = as_pairs(model_or_pairs), isinstance(model_or_pairs, nn.Module)
+    pairs = as_pairs(model_or_pairs)
     role: dict[int, str] = {}
     for pair in pairs:
         own = pair.embedding and embedding_lr is not None
         role |= {id(pair.A): "embedding" if own else "A", id(pair.B): "embedding" if own else "B"}
-    if whole:
+    whole = isinstance(model_or_pairs, nn.Module)
+    named: list[tuple[str | None, torch.Tensor]]
+    if isinstance(model_or_pairs, nn.Module):
         named = [(n, p) for n, p in model_or_pairs.named_parameters() if p.requires_grad]
     else:
         named = [(None, p) for pair in pairs for p in (pair.A, pair.B) if p.requires_grad]

@@ -77,10 +77,10 @@ class StepsPairs(FusedOptimizer):
                 )
             if not live:
                 continue
-            what = f"{describe(type(self).__name__, a, params[a])}: the other factor of {pair.name!r}"
+            what = f"{describe(type(self).__name__, live[0], params[live[0]])}: the other factor of {pair.name!r}"
             if pair.A.device != pair.B.device:
                 raise RuntimeError(f"{what} is on {pair.B.device}. Put them on one device.")
-            if len({torch.float64 in (params[i].dtype, grads[i].dtype) for i in live}) > 1:
+            if len({torch.float64 in (params[i].dtype, g.dtype) for i in live if (g := grads[i]) is not None}) > 1:
                 raise RuntimeError(f"{what} is {pair.B.dtype}: float64 goes with float64 only. Give both one dtype.")
         super()._step_tensors(params, grads)
 

@@ -34,9 +34,9 @@ def place_of(name: str | None, p: torch.Tensor) -> str:
 def places_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor, str]]:
     """(name, parameter, place) of a model's trainable parameters; embeddings are also found by their modules."""
     outer = embedding_ids(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if getattr(head, "weight", None) is not None:
-        outer.add(id(head.weight))
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    if head is not None:
+        outer.add(id(head))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [(n, p, OUTER if id(p) in outer and p.dim() > 1 else place_of(n, p)) for n, p in named]
 

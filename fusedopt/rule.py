@@ -165,8 +165,12 @@ def compose(name: str, *parts: Rule, **changes) -> Rule:
     bodies of its own. changes: other fields of Rule."""
     states = tuple(state for part in parts for state in part.states)
     names = tuple(part.name for part in parts)
+
+    def no_body(*_, **__):
+        raise TypeError(f"rule {name!r} is stepped in parts: {', '.join(names)}")
+
     return replace(
-        parts[0], name=name, states=states, reference=None, direction=None, internal=True, parts=names, **changes
+        parts[0], name=name, states=states, reference=no_body, direction=None, internal=True, parts=names, **changes
     )
 
 

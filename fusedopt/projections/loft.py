@@ -28,10 +28,13 @@ def turn_of(role: str, h, step):
 
 # weight_decay is the share of the weights itself, at the steps that move them
 LOFT_OTHERS = replace(ADAM, decay=lambda h, step: h["weight_decay"])
-LOFT = {
-    role: replace(SGD_PLAIN, decay=lambda h, step, role=role: h["weight_decay"] * turn_of(role, h, step))
-    for role in "AB"
-}
+
+
+def decay_of(role: str):
+    return lambda h, step: h["weight_decay"] * turn_of(role, h, step)
+
+
+LOFT = {role: replace(SGD_PLAIN, decay=decay_of(role)) for role in "AB"}
 
 
 class LoftSite(PairSite):

@@ -32,7 +32,7 @@ class LoraProSite(PairSite):
             ga, gb = ([both.grads[k] for both in mine] for k in (0, 1))
             factors = Factors(a, b, [both.pair.scale for both in mine], dampings[which[0]])
             towards = factors.nearest(ga, gb, closest=False)
-            normal = [both.sites[1].normalised(both, *t, steps) for both, t in zip(mine, towards, strict=True)]
+            normal = [both.slots[1].site.normalised(both, *t, steps) for both, t in zip(mine, towards, strict=True)]
             for both, updates in zip(mine, factors.nearest(*map(list, zip(*normal, strict=True))), strict=True):
                 for site, slot, u in zip(both.sites, both.slots, updates, strict=True):
                     site.update_param(slot, u, steps)

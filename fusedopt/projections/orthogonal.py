@@ -60,7 +60,8 @@ class NoiseGroup:
     """Sites of a group whose learning rates are compared, and the rate of each for this step."""
 
     def __init__(self, alpha: float):
-        self.alpha, self.sites = alpha, []
+        self.alpha = alpha
+        self.sites: list[OrthogonalSite] = []
         self.rates: dict[OrthogonalSite, torch.Tensor] = {}
 
     def rate(self, site: OrthogonalSite) -> torch.Tensor:

@@ -4,7 +4,7 @@ and the last of a device has the pairs of all layers stepped, so that small solv
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,7 +36,7 @@ class Crew:
     """The slots of all pairs of a device, which one method steps."""
 
     def __init__(self):
-        self.slots: dict[tuple[LoraPair, str], object] = {}
+        self.slots: dict[tuple[LoraPair, str], Any] = {}
         self.grads: dict[tuple[LoraPair, str], torch.Tensor] = {}
 
     def take(self, grad: torch.Tensor, slot, steps) -> None:

@@ -47,7 +47,8 @@ def sparse_grad_bases(params: Iterable[torch.Tensor], closure: Callable, steps: 
     Source: arXiv 2410.07383, section 3.1. The eigenvectors of both sums are the factor matrices, without the stack itself.
     """
     base.check_positive_int(steps, "steps")
-    params, sums = list(params), {}
+    params = list(params)
+    sums: dict[tuple, torch.Tensor] = {}
     for p in params:
         if p.dim() != 2:
             raise ValueError(f"sparse_grad_bases: a parameter of shape {tuple(p.shape)} is no matrix")
@@ -64,7 +65,7 @@ def sparse_grad_bases(params: Iterable[torch.Tensor], closure: Callable, steps: 
                 for i, gram in enumerate((g @ g.t(), g.t() @ g)):
                     key = tuple(p.shape), p.device, i
                     sums[key] = sums[key].add_(gram) if key in sums else gram
-    found = {}
+    found: dict[tuple, dict[int, torch.Tensor]] = {}
     for (shape, device, side), gram in sums.items():
         if not bool(gram.isfinite().all() & gram.any()):
             raise ValueError(f"sparse_grad_bases: gradients of shape {shape} are all zero or not finite")

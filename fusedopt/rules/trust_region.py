@@ -285,8 +285,8 @@ class TrustRegion(MatrixOptimizer):
         noise = noise_rates(h["noise_rates"])
         if kind == "l2" and h["scope"] == "optimizer" and noise is not None:
             raise ValueError("noise_rates are those of layers: they need scope='tensor'")
-        options = orthogonal_options(h)
-        return Orthogonal(**options, noise=noise) if kind == "spectral" else None
+        options: dict[str, Any] = {**orthogonal_options(h), "noise": noise}
+        return Orthogonal(**options) if kind == "spectral" else None
 
     @classmethod
     def rule_for(cls, group) -> Rule:
