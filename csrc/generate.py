@@ -7,6 +7,7 @@ shim of the tests and the bench gates.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -36,11 +37,13 @@ def unit(out: Path, stem: str, driver: str, suffix: str) -> Path:
     return _write(out / f"{stem}{suffix}", "\n".join(lines) + "\n")
 
 
-def registry(out: Path) -> Path:
-    """rules.inc: `FO_LIST(Type)` per rule in id order, after the includes of their headers; the including file defines FO_LIST."""
+def registry(out: Path, stems: Iterable[str] | None = None) -> Path:
+    """rules.inc: `FO_LIST(Type)` per rule in id order, after the includes of their headers; the including file defines FO_LIST.
+    stems: of the headers to list, all by default."""
     lines = []
-    for _stem, types in rules().items():
+    chosen = {stem: types for stem, types in rules().items() if stems is None or stem in stems}
+    for types in chosen.values():
         lines += [f"FO_LIST({name})" for name in types]
-    includes = [f'#include "rules/{stem}.h"' for stem in rules()]
+    includes = [f'#include "rules/{stem}.h"' for stem in chosen]
     _write(out / "rule_headers.inc", "\n".join(includes) + "\n")
     return _write(out / "rules.inc", "\n".join(lines) + "\n")
