@@ -89,12 +89,12 @@ def vit_huge(layers: int) -> Shapes:
     return [(1, 1, d), (1, 257, d), (d, 3, 14, 14), (d,), *layer * layers, *norm, (1000, d), (1000,)]
 
 
-def llama(vocabulary: int, hidden: int, key_value: int) -> Callable[[int], Shapes]:
+def llama(vocabulary: int, hidden: int, key_value: int, d: int = 4096, tied: bool = False) -> Callable[[int], Shapes]:
     def shapes(layers: int) -> Shapes:
-        d = 4096
         attention = [(d, d), (key_value, d), (key_value, d), (d, d)]
         layer = [*attention, (hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
-        return [(vocabulary, d), *layer * layers, (d,), (vocabulary, d)]
+        head = [] if tied else [(vocabulary, d)]
+        return [(vocabulary, d), *layer * layers, (d,), *head]
 
     return shapes
 
@@ -107,6 +107,7 @@ MODELS: dict[str, tuple[Callable[[int], Shapes], int]] = {
     "gpt2_124m": (gpt2, 12),
     "bert_large": (bert_large, 24),
     "vit_h": (vit_huge, 32),
+    "llama3_1b": (llama(128256, 8192, 512, 2048, tied=True), 16),
     "llama2_7b": (llama(32000, 11008, 4096), 32),
     "llama3_8b": (llama(128256, 14336, 1024), 32),
 }

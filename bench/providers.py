@@ -172,6 +172,7 @@ def _rivals() -> list[Provider]:
         _rival("lion_pytorch/lion/triton", "lion_pytorch", "Lion", 1, None, {"use_triton": True}, **cuda, **two),
         _rival("pytorch_optimizer/lion/foreach", "pytorch_optimizer", "Lion", 1, None, foreach, **two),
         _rival("pytorch_optimizer/lamb/loop", "pytorch_optimizer", "Lamb", 2, None, {"max_grad_norm": 0.0}, **two),
+        _rival("heavyball/adamw/compile", "heavyball", adamw, 2, None, default=False, **two),
         _rival("deepspeed/adamw/cpu", "deepspeed.ops.adam", "DeepSpeedCPUAdam", 2, 4.0, **cpu),
         _rival("deepspeed/lion/cpu", "deepspeed.ops.lion", "DeepSpeedCPULion", 1, 4.0, **cpu),
     ]

@@ -15,7 +15,7 @@ from bench.predict import result_files
 from bench.report_tables import SECTIONS, Results
 from fusedopt.cli.table import replaced
 
-README = machine.ROOT / "README.md"
+README, NOTES = machine.ROOT / "README.md", machine.ROOT / "bench" / "NOTES.md"
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -37,7 +37,9 @@ def stale(text: str, results: Results) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="*", type=Path, help="folders of `bench gpu`, read beside bench/results")
-    parser.add_argument("--readme", type=Path, default=README, help="the file with the marks")
+    parser.add_argument(
+        "--readme", type=Path, action="append", help="a file with marks; README.md and bench/NOTES.md by default"
+    )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 where the file differs from the results"
     )
@@ -47,18 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     results = Results.of(result_files([run.RESULTS, *args.folder]))
-    try:
-        text = args.readme.read_text()
-        if args.check:
-            names = stale(text, results)
-            for name in names:
-                print(f"{args.readme.name}: {name} is not what the results give: run python -m bench report")
-            return int(bool(names))
-        args.readme.write_text(rewritten(text, results))
-    except (OSError, ValueError) as error:
-        print(f"bench report: {args.readme} {error}" if isinstance(error, ValueError) else f"bench report: {error}")
-        return 2
-    print(f"written: {args.readme}")
+    old = 0
+    for path in args.readme or (README, NOTES):
+        try:
+            text = path.read_text()
+            if args.check:
+                names = stale(text, results)
+                old += len(names)
+                for name in names:
+                    print(f"{path.name}: {name} is not what the results give: run python -m bench report")
+                continue
+            path.write_text(rewritten(text, results))
+        except (OSError, ValueError) as error:
+            print(f"bench report: {path} {error}" if isinstance(error, ValueError) else f"bench report: {error}")
+            return 2
+        print(f"written: {path}")
+    if args.check:
+        return int(old > 0)
     if not args.no_charts:
         try:
             from bench.report_charts import write

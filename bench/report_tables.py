@@ -247,6 +247,26 @@ def prediction(results: Results) -> str:
     return "\n\n".join(texts)
 
 
+def kernels(results: Results) -> str:
+    """Of every step kernel for bf16 parameters, compiled for an H200: registers, programs, bytes in flight, instructions."""
+    content = next((d for d in results.all("prediction") if d["gpu"]["name"] == "h200"), None)
+    if content is None:
+        return NONE
+    rows = []
+    for row in content["rows"]:
+        if row["case"] == SHOWN:
+            times = row["limits_ms"]
+            shares = [f"{times[name] / times['memory']:.0%}" for name in ("issue", "integer", "special")]
+            rows.append([
+                row["provider"].removeprefix("fusedopt-"), f"{row['registers']}", f"{row['programs_per_sm']}",
+                f"{row['bytes_in_flight_per_sm'] / 1024:.0f}", f"{row['bytes_per_parameter']:.2f}",
+                f"{row['instructions_per_parameter']:.1f}", *shares, row["limit"],
+            ])  # fmt: skip
+    heads = ["kernel", "registers", "programs per SM", "KB in flight per SM", "bytes per parameter", "instructions per parameter",
+             "issue slots", "integer unit", "special functions", "limit"]  # fmt: skip
+    return table(heads, rows)
+
+
 def _predicted(row: dict | None) -> str:
     return "-" if row is None else f"{row['predicted_ms']:.3g}, {row['limit']}"
 
@@ -364,6 +384,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "bf16-speed": halves,
     "gpu": gpu,
     "prediction": prediction,
+    "kernels": kernels,
     "memory": memory,
     "accuracy": accuracy,
     "projections": projections,
