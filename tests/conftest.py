@@ -8,6 +8,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Workers of pytest-xdist share the cores: with more threads than cores, every parallel region waits for a time slice, and small
+# tensors take up to 40 times as long. Tests of several threads set their number themselves.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+
 from oracles.stand_in import stand_in_hessian, stand_in_loss  # noqa: E402
 
 import fusedopt  # noqa: E402, F401  (torch and the environment come first)
