@@ -196,11 +196,12 @@ def test_peak_memory():
 def test_compare(document):
     same = compare.compare(document, document)
     assert {row["status"] for row in same} == {"same"}
-    slower = json.loads(json.dumps(document))
-    for case in slower["cases"]:
-        for r in case["results"]:
-            if r["provider"] == "fusedopt-reference/adamw/fp32":
-                r["ratio"] = {k: 50 * v if k != "to" else v for k, v in r["ratio"].items()}
+    document, slower = (json.loads(json.dumps(document)) for _ in range(2))
+    for content, ratio in ((document, 1.0), (slower, 50.0)):  # not as measured: that may have any spread on a busy machine
+        for case in content["cases"]:
+            for r in case["results"]:
+                if r["provider"] == "fusedopt-reference/adamw/fp32":
+                    r["ratio"] |= {"median": ratio, "q1": 0.9 * ratio, "q3": 1.1 * ratio}
     del slower["cases"][0]["results"][0]
     rows = {(r["case"], r["provider"]): r for r in compare.compare(document, slower)}
     found = rows["tiny_9", "fusedopt-reference/adamw/fp32"]
