@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -48,6 +48,9 @@ class MatrixOptimizer(FusedOptimizer):
     decay_mode = "decoupled"
     splits_models = True
     kind: str
+    elementwise: ClassVar[
+        tuple[dict, ...]
+    ] = ()  # options with which rules of the class's own step all tensors, matrices too
 
     def __init__(self, params, defaults: dict, **options):
         super().__init__(

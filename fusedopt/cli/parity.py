@@ -15,6 +15,7 @@ from fusedopt.cli.feeding import give_curvature
 from fusedopt.cli.feeding import step as take_step
 from fusedopt.formats import list_formats
 from fusedopt.masters import stored_precision, weights
+from fusedopt.matrices import MatrixOptimizer
 from fusedopt.memory import flat
 from fusedopt.precision import list_precisions
 from fusedopt.rule import optimizers
@@ -69,15 +70,16 @@ def cases() -> list[Case]:
     """Every rule of every optimizer class, found by turning the class's flags, one and two at a time."""
     found: dict[tuple[str, str], Case] = {}
     for name, cls in sorted(optimizers().items()):
-        if cls.splits_models:  # its matrices go through products of their own precision, and the rest is AdamW's
-            continue
         turns: list[dict] = []
         for option in inspect.signature(cls).parameters.values():
             if isinstance(option.default, bool):
                 turns.append({option.name: not option.default})
             elif option.name == "momentum":
                 turns.append({"momentum": 0.0 if option.default else 0.9})
-        for flags in ({}, *turns, *(a | b for a, b in combinations(turns, 2))):
+        choices = ({}, *turns, *(a | b for a, b in combinations(turns, 2)))
+        if issubclass(cls, MatrixOptimizer):  # matrices go through products of their own precision
+            choices = cls.elementwise
+        for flags in choices:
             try:
                 opt = cls([torch.nn.Parameter(torch.zeros(1))], **flags)
             except ValueError:  # a flag that needs another one selects no rule of its own

@@ -230,6 +230,13 @@ class TrustRegion(MatrixOptimizer):
     """
 
     kind = "ball"
+    elementwise = (
+        {"ball": "linf"},
+        {"ball": "l2"},
+        {"ball": "l2", "scope": "optimizer"},
+        {"ball": "linf", "noise_rates": (0.02, 0.9)},
+        {"ball": "l2", "noise_rates": (0.02, 0.9)},
+    )
 
     def __init__(
         self,
@@ -323,6 +330,8 @@ class LANTON(TrustRegion):
     Source: "Noise-Adaptive Layerwise Learning Rates", option I (the last step's gradient for that of a second batch); the
     defaults of alpha and beta2 are ours.
     """
+
+    elementwise = ()  # those of TrustRegion with noise_rates
 
     def __init__(
         self,
