@@ -4,7 +4,7 @@ Optimization" (arXiv 2503.12645), algorithm 1; with noise-adaptive rates of laye
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -230,7 +230,7 @@ class TrustRegion(MatrixOptimizer):
     """
 
     kind = "ball"
-    elementwise = (
+    elementwise: ClassVar[tuple[dict, ...]] = (
         {"ball": "linf"},
         {"ball": "l2"},
         {"ball": "l2", "scope": "optimizer"},
