@@ -54,17 +54,30 @@ def hot_path(body: str) -> tuple[list[str], int]:
         todo += [j for j in edges[i] if j not in reached]
         reached.update(edges[i])
     back = [(i, j) for i in edges for j in edges[i] if j <= i and code[i][2].startswith("BRA") and i != j]
-    if not back:
-        return [], 0
-    last, first = max(back, key=lambda edge: edge[0] - edge[1])
-    before: dict[int, int] = {first: first}
-    level = [first]
-    while last not in before:  # breadth first: instructions have equal weight
-        level = [j for i in level for j in edges[i] if first <= j <= last and before.setdefault(j, i) == i]
+    for last, first in sorted(back, key=lambda edge: edge[1] - edge[0]):  # the longest first
+        path = shortest(edges, first, last)
+        if path:
+            return [code[i][2] for i in path if code[i][2] != "NOP"], len(back)
+    return [], len(back)
+
+
+def shortest(edges: dict[int, list[int]], first: int, last: int) -> list[int]:
+    """The nodes from first to last on a shortest way between these numbers, or [] where there is none: a jump back from code that
+    lies behind a loop, and is a part of another, closes no loop."""
+    before, level = {first: first}, [first]
+    while level and last not in before:  # breadth first: instructions have equal weight
+        reached = [(i, j) for i in level for j in edges[i] if first <= j <= last]
+        level = []
+        for i, j in reached:
+            if j not in before:
+                before[j] = i
+                level.append(j)
+    if last not in before:
+        return []
     path = [last]
     while path[-1] != first:
         path.append(before[path[-1]])
-    return [code[i][2] for i in reversed(path) if code[i][2] != "NOP"], len(back)
+    return path[::-1]
 
 
 def access_widths(names: Iterable[str]) -> dict[str, Counter]:

@@ -160,6 +160,17 @@ def test_the_loop_of_a_listing():
     assert (loop["instructions"], loop["read"]) == (5, 0)
     assert (loop["units"]["float"], loop["units"]["integer"], loop["units"]["load/store"]) == (2, 1, 0)
     assert hot_path("/*0000*/ EXIT ;") == ([], 0)
+    # code behind the kernel jumps back to its beginning, from where it is not reached within these addresses
+    outlined = """
+        /*0000*/ @P0 BRA 0x50 ;
+        /*0010*/ FADD R0, R0, R1 ;
+        /*0020*/ @P1 BRA 0x10 ;
+        /*0030*/ EXIT ;
+        /*0040*/ BRA 0x10 ;
+        /*0050*/ BRA 0x60 ;
+        /*0060*/ BRA 0x40 ;
+    """
+    assert hot_path(outlined) == (["FADD", "BRA"], 3)
 
 
 NUMBERS = """
