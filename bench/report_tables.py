@@ -74,7 +74,7 @@ def percent(change: float, error: float | None = None) -> str:
 
 # Steps on a CPU
 
-PACKAGES = {
+PACKAGES = {"heavyball": "HeavyBall", 
     "deepspeed": "DeepSpeed", "bitsandbytes": "bitsandbytes", "torchao": "torchao", "optimi": "optimi",
     "lion_pytorch": "lion-pytorch", "pytorch_optimizer": "pytorch_optimizer", "torch": "torch",
 }  # fmt: skip
@@ -92,9 +92,18 @@ def label(name: str) -> str:
     return text + (f", {'stochastic' if precision == 'sr' else precision}" if precision else "")
 
 
-def plain_cpu(content: dict) -> bool:
+def on_cpu(content: dict) -> bool:
     machine = content["machine"]
     return machine["device"] == "cpu" and not machine.get("isa_asked") and not content.get("dry_run")
+
+
+def with_rivals(content: dict) -> bool:
+    """Whether a run on a CPU measured the packages that are slower by far, which others leave out."""
+    return on_cpu(content) and any(r["provider"].startswith("torchao/") for c in content["cases"] for r in c["results"])
+
+
+def plain_cpu(content: dict) -> bool:
+    return on_cpu(content) and not with_rivals(content)
 
 
 def by_case(documents: list[dict], dtype: str) -> dict[str, list[dict]]:
@@ -165,6 +174,23 @@ def speed(results: Results) -> str:
         coded = ", ".join(f"{name} {value:.2f}" for name, value in ratios if name not in ("fused", "cpu"))
         text += f" With AVX2 on the same machine AdamW takes, {size(case)}: {coded}."
     return f"{table(heads, _ratio_rows(found))}\n\n{text}"
+
+
+def rivals(results: Results) -> str:
+    """Every package that steps CPU tensors, in one run."""
+    documents = _runs(results, "float32", with_rivals)
+    if not documents:
+        return NONE
+    found = by_case(documents, "float32")
+    heads = [
+        "fp32 parameters and gradients",
+        *(size(records[0]) for records in found.values()),
+        "of in-place bandwidth",
+    ]
+    streams = [g["stream_gb_per_s"]["median"] for rs in found.values() for c in rs for g in c["groups"]]
+    return (
+        f"{table(heads, _ratio_rows(found))}\n\nThe in-place add reached {span(streams, '.0f')} GB/s in these rounds."
+    )
 
 
 def halves(results: Results) -> str:
@@ -381,6 +407,7 @@ def releasing(results: Results) -> str:
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "speed": speed,
+    "rivals": rivals,
     "bf16-speed": halves,
     "gpu": gpu,
     "prediction": prediction,
