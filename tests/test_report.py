@@ -94,6 +94,10 @@ def test_our_steps_come_first_and_skipped_ones_not_at_all():
     lines = report_tables.speed(results(document(rows, "2026-01-02"))).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| fusedopt Lion, fp32 state", "| DeepSpeed AdamW, cpu"]
     assert "torchao" not in "".join(lines)
+    rows[-1]["status"] = "ok"
+    both = results(document(rows[:3], "2026-01-02"), document(rows, "2026-01-03"))
+    assert "torchao" not in report_tables.speed(both)
+    assert "| torchao AdamW, int8 | 9.00 |" in report_tables.rivals(both)
 
 
 def test_bf16_is_held_against_deepspeed_round_by_round():
