@@ -152,10 +152,8 @@ def _ratio_rows(found: dict[str, list[dict]]) -> list[list[str]]:
     return [cells for _, cells in sorted(rows, key=lambda row: row[0])]
 
 
-def speed(results: Results) -> str:
-    documents = _runs(results, "float32")
-    if not documents:
-        return NONE
+def _cpu_table(documents: list[dict]) -> tuple[str, str]:
+    """A table of fp32 parameters, and the bandwidth of its rounds, such as "59 to 66 GB/s"."""
     found = by_case(documents, "float32")
     heads = [
         "fp32 parameters and gradients",
@@ -163,10 +161,18 @@ def speed(results: Results) -> str:
         "of in-place bandwidth",
     ]
     streams = [g["stream_gb_per_s"]["median"] for rs in found.values() for c in rs for g in c["groups"]]
+    return table(heads, _ratio_rows(found)), f"{span(streams, '.0f')} GB/s"
+
+
+def speed(results: Results) -> str:
+    documents = _runs(results, "float32")
+    if not documents:
+        return NONE
+    rows, stream = _cpu_table(documents)
     machine = documents[-1]["machine"]
     text = (
         f"{len(documents)} run{'s' if len(documents) > 1 else ''} on {machine['processor']}, {machine['threads']} threads, "
-        f"{machine['isa']}, torch {machine['versions']['torch']}; the in-place add reached {span(streams, '.0f')} GB/s."
+        f"{machine['isa']}, torch {machine['versions']['torch']}; the in-place add reached {stream}."
     )
     slow = _runs(results, "float32", lambda d: d["machine"].get("isa_asked") == "avx2")
     if slow:
@@ -174,7 +180,7 @@ def speed(results: Results) -> str:
         ratios = [(r["provider"].split("/")[2], r["ratio"]["median"]) for r in case["results"] if r["status"] == "ok"]
         coded = ", ".join(f"{name} {value:.2f}" for name, value in ratios if name not in ("fused", "cpu"))
         text += f" With AVX2 on the same machine AdamW takes, {size(case)}: {coded}."
-    return f"{table(heads, _ratio_rows(found))}\n\n{text}"
+    return f"{rows}\n\n{text}"
 
 
 def rivals(results: Results) -> str:
@@ -182,16 +188,8 @@ def rivals(results: Results) -> str:
     documents = _runs(results, "float32", with_rivals)
     if not documents:
         return NONE
-    found = by_case(documents, "float32")
-    heads = [
-        "fp32 parameters and gradients",
-        *(size(records[0]) for records in found.values()),
-        "of in-place bandwidth",
-    ]
-    streams = [g["stream_gb_per_s"]["median"] for rs in found.values() for c in rs for g in c["groups"]]
-    return (
-        f"{table(heads, _ratio_rows(found))}\n\nThe in-place add reached {span(streams, '.0f')} GB/s in these rounds."
-    )
+    rows, stream = _cpu_table(documents)
+    return f"{rows}\n\nThe in-place add reached {stream} in these rounds."
 
 
 def halves(results: Results) -> str:

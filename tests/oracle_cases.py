@@ -235,70 +235,7 @@ ORACLES = {
         reductions.LDoG,
         combine(lr=[1.0, 0.5], reps_rel=[1e-2, 1e-6], eps=[1e-8, 1.0], weight_decay=[0.0, 0.1], maximize=[False, True]),
     ),
-    "muon": (
-        elementwise.Muon,
-        [
-            {"lr": 0.02, "weight_decay": decay, "adam_lr": 0.01, **more}
-            for decay in (0.0, 0.1)
-            for more in (
-                {},
-                {"nesterov": False, "maximize": True},
-                {"momentum": 0.8, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
-                {"ns_coefficients": (2.0, -1.5, 0.5), "adjust_lr_fn": "none", "adam_eps": 1e-3, "eps": 10.0},
-            )
-        ],
-    ),
-    "adamuon": (
-        orthogonal.AdaMuon,
-        [
-            {"lr": 0.02, "adam_lr": 0.01, **more}
-            for more in (
-                {"weight_decay": 0.1},
-                {"weight_decay": 0.0, "nesterov": False, "maximize": True},
-                {"sign_stabilised": False, "beta2": 0.9, "debias": True, "weight_decay": 0.1, "momentum": 0.8},
-                {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 3, "eps": 1e-2, "weight_decay": 0.1, "ns_eps": 10.0},
-            )
-        ],
-    ),
-    "mars_shampoo": (
-        orthogonal.MARSShampoo,
-        [
-            {"lr": 0.02, "adam_lr": 0.01, **more}
-            for more in (
-                {"weight_decay": 0.1},
-                {"gamma": 0.2, "betas": (0.8, 0.9), "maximize": True, "adam_weight_decay": 0.0},
-                {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 3, "eps": 10.0, "adjust_lr_fn": "none"},
-            )
-        ],
-    ),
-    "trust_region": (
-        orthogonal.TrustRegion,
-        [
-            {"lr": 0.02, **more}
-            for more in (
-                {"ball": "linf", "weight_decay": 0.1},
-                {"ball": "l2", "weight_decay": 0.1},
-                {"ball": "l2", "scope": "optimizer", "weight_decay": 0.1, "eps": 10.0},
-                {"ball": "rms", "weight_decay": 0.1, "maximize": True, "fixed_decay": True},
-                {"ball": "l2", "noise_rates": (0.3, 0.8), "weight_decay": 0.1},
-                {"ball": "linf", "noise_rates": (3.0, 0.5), "weight_decay": 0.1, "maximize": True},
-                {"weight_decay": 0.1},
-                {"weight_decay": 0.01, "fixed_decay": True, "maximize": True, "other_lr": 0.005},
-                {"adjust_lr_fn": None, "momentum": 0.8, "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 3},
-            )
-        ],
-    ),
-    "lanton": (
-        orthogonal.LANTON,
-        [
-            {"lr": 0.02, **more}
-            for more in (
-                {"weight_decay": 0.1},
-                {"alpha": 5.0, "beta2": 0.5, "maximize": True, "adjust_lr_fn": "none"},
-                {"ball": "linf", "alpha": 1.0, "weight_decay": 0.1},
-            )
-        ],
-    ),
+    **orthogonal.CASES,
     "adam_cm": (
         reductions.AdamCM,
         combine(
