@@ -480,15 +480,6 @@ def test_rules_quick_run(tmp_path, capsys):
     assert not record["fell"] and "(has not fallen)" in rules.report(document)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_muon_quick_run(tmp_path, capsys):
-    assert entry.main(["muon", "--quick", "--out", str(tmp_path / "muon.json")]) == 0
-    rows = {row["name"]: row for row in json.loads((tmp_path / "muon.json").read_text())["rows"]}
-    assert rows["torch.optim.Muon"]["ratio"] == 1.0 and all(row["ratio"] > 0 for row in rows.values())
-    assert all(row["name"] in capsys.readouterr().out for row in list(rows.values())[:1])
-    assert rows["fusedopt.Muon"]["state_bytes"] == rows["torch.optim.Muon"]["state_bytes"]
-
-
 def test_release_quick_run(tmp_path, capsys):
     """Released, a decoder's step needs less memory by its gradients without the largest one, and makes the same weights."""
     assert entry.main(["release", "--quick", "--out", str(tmp_path / "release.json")]) == 0

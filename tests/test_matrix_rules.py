@@ -1,4 +1,5 @@
-"""AdaMuon, MARS-Shampoo, trust regions and LANTON: long runs against their oracles, storage, skipped and resumed steps, groups."""
+"""Muon and its kin: long runs against their oracles, storage, skipped and resumed steps; what AdaMuon, MARS-Shampoo, trust regions
+and LANTON have of their own."""
 
 import copy
 import os
@@ -16,6 +17,7 @@ SHAPES = ((32, 48), (48, 32), (32, 48), (6, 4, 3, 3), (48,))
 NOISE = (0.3, 0.8)
 # name: class, oracle, options of both
 FAMILY = {
+    "muon": (fusedopt.Muon, orthogonal.Muon, {"lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1}),
     "adamuon": (fusedopt.AdaMuon, orthogonal.AdaMuon, {"lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1}),
     "adamuon_first": (
         fusedopt.AdaMuon,
@@ -154,6 +156,7 @@ def test_skipped_steps_change_nothing(name, capturable):
         else:
             set_grads(two, step)
             plain.step()
+            assert torch.allclose(plain.grad_norm, torch.stack([p.grad.norm() for p in two]).norm())
     for p, q in zip(one, two, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
 

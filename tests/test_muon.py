@@ -1,9 +1,10 @@
-"""Muon: Newton-Schulz, which parameters it takes, torch.optim.Muon, storage, skipped and resumed steps."""
+"""Muon: Newton-Schulz, which parameters it takes, torch.optim.Muon, storage. Long, skipped and resumed runs: test_matrix_rules."""
+
+import json
 
 import pytest
 import torch
-from configs import BACKENDS, assert_resumes, assert_same_bits, parameters, set_grads
-from oracles.elementwise import Muon as Oracle
+from configs import parameters, set_grads
 
 import fusedopt
 from fusedopt.newton_schulz import POLAR_EXPRESS, QUINTIC, orthogonalize, schedule
@@ -75,30 +76,6 @@ def test_equals_torch(options):
         other.step()
     for p, q, first in zip(one, two, start, strict=True):
         assert float((p - q).detach().norm() / (q - first).detach().norm()) < 0.02
-
-
-@pytest.mark.parametrize(
-    "steps,backend,dtype",
-    [(200, BACKENDS[-1], torch.float32), (10, "reference", torch.float32), (10, "reference", torch.float64)],
-    ids=str,
-)
-def test_trajectory(steps, backend, dtype):
-    """With products in fp32: Newton-Schulz multiplies small differences of the momentum by up to a^5 = 485."""
-    mine, exact_params = parameters(*SHAPES, dtype=dtype), parameters(*SHAPES, dtype=torch.float64)
-    for p, q in zip(mine, exact_params, strict=True):
-        q.data.copy_(p.data)
-    start = [q.detach().clone() for q in exact_params]
-    opt = fusedopt.Muon(mine, lr=0.02, adam_lr=0.01, ns_dtype="fp32", backend=None if backend == "cpu" else backend)
-    oracle = Oracle(exact_params, lr=0.02, adam_lr=0.01, weight_decay=0.1)
-    for step in range(steps):
-        set_grads(mine, step)
-        for p, q in zip(mine, exact_params, strict=True):
-            q.grad = p.grad.double()
-        opt.step()
-        oracle.step()
-    for p, q, first in zip(mine, exact_params, start, strict=True):
-        error = float((p.double() - q).detach().norm() / (q - first).detach().norm())
-        assert error <= (1e-10 if dtype == torch.float64 else 1e-5)
 
 
 def names_by_kind(opt):
@@ -214,36 +191,6 @@ def test_many_matrices_go_in_batches(monkeypatch):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-def test_skipped_steps_change_nothing_and_clipping_counts_all(capturable):
-    one, two = parameters(*SHAPES), parameters(*SHAPES)
-    skipping = fusedopt.Muon(one, lr=0.02, amp_fused=True, capturable=capturable, clip_grad_norm=1.0)
-    plain = fusedopt.Muon(two, lr=0.02, capturable=capturable, clip_grad_norm=1.0)
-    for step in range(6):
-        overflow = step in (0, 3)
-        set_grads(one, step)
-        kept = [p.detach().clone() for p in one]
-        for p in one:
-            p.grad.mul_(8.0)
-        if overflow:
-            one[0].grad[0] = float("inf")
-        skipping.grad_scale, skipping.found_inf = torch.tensor(8.0), torch.tensor(float(overflow))
-        skipping.step()
-        if overflow:
-            assert_same_bits([p.detach() for p in one], kept)
-        else:
-            set_grads(two, step)
-            plain.step()
-            assert torch.allclose(plain.grad_norm, torch.stack([p.grad.norm() for p in two]).norm())
-    for p, q in zip(one, two, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("form", ["fp32", "int8"])
-def test_resumes_bit_for_bit(form):
-    assert_resumes(lambda ps: fusedopt.Muon(ps, lr=0.02, state_format=form, min_quantized_numel=0), SHAPES, 4, 8)
-
-
 @needs_torch_muon
 def test_loads_torchs_state():
     one, two = parameters(*SHAPES[:3]), parameters(*SHAPES[:3])
@@ -271,3 +218,14 @@ def test_schedulers_reach_both_groups():
     opt.step()
     schedule_.step()
     assert [g["lr"] for g in opt.param_groups] == [0.05, 0.005]
+
+
+@needs_torch_muon
+def test_a_quick_run_of_the_benchmark(tmp_path, capsys):
+    from bench.__main__ import main
+
+    assert main(["muon", "--quick", "--out", str(tmp_path / "muon.json")]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "muon.json").read_text())["rows"]}
+    assert rows["torch.optim.Muon"]["ratio"] == 1.0 and all(row["ratio"] > 0 for row in rows.values())
+    assert all(row["name"] in capsys.readouterr().out for row in list(rows.values())[:1])
+    assert rows["fusedopt.Muon"]["state_bytes"] == rows["torch.optim.Muon"]["state_bytes"]
