@@ -233,11 +233,12 @@ def test_a_trust_region_with_decay_is_muon():
 
 def test_lanton_steps_all_layers_or_none():
     """Rates are those of all layers of a ball, whatever shapes they have, and cannot be had one tensor at a time."""
-    params = parameters(*SHAPES)
-    opt = fusedopt.LANTON(params, lr=0.02)
-    set_grads(params, 0)
-    with pytest.raises((RuntimeError, ValueError), match="all|other|whole"):
-        opt.step_parameter(params[0])
+    for ball in (None, "linf", "rms"):
+        params = parameters(*(SHAPES[:3] if ball is None else SHAPES))
+        opt = fusedopt.LANTON(params, lr=0.02, ball=ball)
+        set_grads(params, 0)
+        with pytest.raises(RuntimeError, match="needs all gradients"):
+            opt.step_parameter(params[0])
     for quiet in range(2):
         one, other = parameters((24, 40), (40, 24), (24, 40)), []
         opt = fusedopt.LANTON(one, lr=0.02, alpha=1e-3)

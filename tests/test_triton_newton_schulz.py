@@ -32,7 +32,7 @@ def places_kernel(out, first, N: tl.constexpr):
     tl.store(out + N + tl.arange(0, N), col)
 
 
-@pytest.mark.parametrize("first", [0, 4096, 1 << 20, (1 << 25) - 4096])
+@pytest.mark.parametrize("first", [0, 4096, 1 << 20, 8000 * 8001 // 2 - 2048, (1 << 25) - 4096])
 def test_triangular_places(first):
     """Every tile on or below the diagonal once, also where the root of its number is rounded."""
     out = torch.zeros(2, 4096, dtype=torch.int32)

@@ -20,7 +20,7 @@ PIECE = tl.constexpr(32)
 def triangular(index):
     """(row, column) of a tile on or below the diagonal, numbered row by row: index = row (row + 1) / 2 + column."""
     row = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # the root is rounded
+    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # the root is rounded, on a GPU approximate
     row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
     return row, index - row * (row + 1) // 2
 
