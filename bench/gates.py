@@ -235,9 +235,9 @@ def mode_gates(archs: tuple[str, ...]) -> list[Gate]:
     for row in module.compiled(archs):
         form, precision, *_ = row["mode"]
         what = f"adamw {form} states, bf16 p and g, {precision} {row['arch']}"
-        count, budget = row["instructions"], module.BUDGET
+        count, budget = row["instructions"], module.budget(row["mode"])
         good = OK if count <= budget else FAIL
-        rows.append(Gate("cuda", f"{what}: instructions per parameter", f"{count:.1f}", f"<= {budget}", good))
+        rows.append(Gate("cuda", f"{what}: instructions per parameter", f"{count:.1f}", f"<= {budget:.0f}", good))
         for kind, expected in zip(("loads", "stores"), module.expected(row["mode"]), strict=True):
             good = OK if {b: n for b, n in row[kind].items() if b >= 64} == expected else FAIL
             rows.append(Gate("cuda", f"{what}: {kind} of a lane", _widths(row[kind]), _widths(expected), good))

@@ -24,8 +24,17 @@ from fusedopt.precision import get_precision, list_precisions  # noqa: E402
 from fusedopt.rule import get_rule  # noqa: E402
 
 LANE = 8  # elements of a lane
-# Lane instructions that an H200 has time for while 10 bytes per parameter move, those of bf16 weights and 8-bit states.
-BUDGET = 78
+# Lane instructions that an H200 has time for while a byte moves (bench/gpu_table.py), and the share of them that a kernel may take:
+# with all of them it would be as fast as memory only if every slot were used.
+PER_BYTE, SHARE = 128 * 132 * 1.98e9 / 4.32e12, 0.95
+# What was gained stays gained: a few more than the compiled kernels take (CUDA 13.0, sm_80 and sm_90).
+INSTRUCTIONS = {
+    ("int8", "nearest"): 64,
+    ("int8", "stochastic"): 73,
+    ("int8", "split24"): 79,
+    ("int4", "nearest"): 58,
+    ("bf16_stochastic", "nearest"): 42,
+}
 
 
 class Mode(NamedTuple):
@@ -46,7 +55,11 @@ class Mode(NamedTuple):
         return "Mode_" + "_".join(map(str, self))
 
 
-MODES = tuple(Mode(name) for name in list_formats()) + tuple(Mode("bf16", name) for name in list_precisions()[1:])
+MODES = (
+    *(Mode(name) for name in list_formats()),
+    *(Mode("bf16", name) for name in list_precisions()[1:]),
+    *(Mode("int8", name) for name in ("stochastic", "split24")),
+)
 
 SOURCE = """{headers}
 #include "cuda/driver.cuh"
@@ -105,6 +118,13 @@ def expected(mode: Mode) -> tuple[Counter, Counter]:
     param = 2 if mode.dtype == "fp32" else 1
     loads = Counter({128: param * (1 + reads_param)}) + states + beside
     return loads, Counter({128: param}) + states + beside
+
+
+def budget(mode: Mode) -> float:
+    """Instructions of a lane for an element, at most: what fits into the time of the bytes, and less where that is known."""
+    moved = sum(bits * n for part in expected(mode) for bits, n in part.items()) / 8 / LANE
+    known = INSTRUCTIONS.get((mode.form, mode.precision)) if mode.rule == "adam" else None
+    return min(SHARE * PER_BYTE * moved, known or float("inf"))
 
 
 def compiled(archs=gates_cuda.ARCHS, modes: tuple[Mode, ...] = MODES) -> list[dict]:

@@ -112,7 +112,7 @@ OTHERS = tuple(_others())
 
 # Instructions executed for each parameter of AdamW with bf16 parameters and gradients: a ceiling for sm_90 and Triton 3.9.
 # At the memory limit an H200 has time for about 78 with 8-bit states and 63 with int4 (DESIGN, section 5).
-INSTRUCTIONS = {"int8": 135, "int8c": 78, "fp8": 83, "int4": 107}
+INSTRUCTIONS = {"int8": 116, "int8c": 67, "fp8": 72, "int4": 98}
 
 
 def budget(case: Case | Blockwise, target: str) -> int | None:

@@ -56,7 +56,12 @@ FO_HD Stage make_stage(const Launch& launch, int phase, const Head& head, const 
   return s;
 }
 
-FO_HD float prologue(float g, float p, const Stage& s) { return (g * s.grad_mul + s.l2 * p) * s.q; }
+template <class Rule>
+FO_HD float prologue(float g, float p, const Stage& s) {
+  const float decayed = g * s.grad_mul + s.l2 * p;
+  if constexpr (Rule::trust_on == Trust::gradient) return decayed * s.q;
+  else return decayed;
+}
 
 // One rounding of p: decay and update are added first, so a decay below half an ulp of p is not lost on its own.
 FO_HD float epilogue(float p, float u, const Stage& s) { return p - (s.lr * u + s.decay * p); }

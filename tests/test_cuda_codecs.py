@@ -84,6 +84,28 @@ def test_special_values(cuda, form, signed):
     assert torch.equal(got[special], want[special])
 
 
+@each_sign
+def test_int8_turns_at_every_boundary(cuda, signed):
+    """On both sides of the middle between any two values, and along eight decades, each value takes the nearest code."""
+    form = get_format("int8")
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = form.decode(codes, torch.ones(1), signed, torch.float64, 256).sort().values
+    middles = (values[1:] + values[:-1]) / 2
+    middles = middles if signed else middles[1:]  # nothing but 0 becomes 0
+    tried = torch.cat(
+        [middles * (1 - 3e-5), middles * (1 + 3e-5), torch.logspace(-6.5 if signed else -12, -1e-9, 5000)]
+    )
+    tried = torch.cat([tried, -tried[-5000:]]) if signed else tried
+    x = torch.ones(-(-len(tried) // 255), 256)
+    padded = torch.ones(x.shape[0] * 255)
+    padded[: len(tried)] = tried.float()
+    x[:, 1:] = padded.view(-1, 255)
+    want = torch.bucketize(x.double(), middles) + (0 if signed else 1)
+    near = ((x.double()[..., None] - middles).abs() <= 1e-5 * x.double().abs()[..., None]).any(-1)
+    got = quantized(cuda, x.flatten(), form, signed)[0].view_as(x).long()
+    assert torch.equal(got[~near], want[~near]) and near.sum() < 40
+
+
 @each_code
 @each_sign
 def test_the_unused_half_of_an_odd_tail(cuda, form, signed):

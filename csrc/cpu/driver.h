@@ -33,7 +33,7 @@ static __attribute__((noinline)) void update(int64_t n, const G* __restrict g, P
     if constexpr (states > 3) d = load(state3[i]);
     float z = 0.f;
     if constexpr (takes_noise<Rule>) z = noise[i];
-    float direct = direction<Rule>(prologue(load(g[i]), x, s), x, z, a, b, c, d, scalars);
+    float direct = direction<Rule>(prologue<Rule>(load(g[i]), x, s), x, z, a, b, c, d, scalars);
     if constexpr (Store) {
       if constexpr (states > 0) store(state0 + i, a);
       if constexpr (states > 1) store(state1 + i, b);
@@ -60,7 +60,7 @@ static __attribute__((noinline)) void take_terms(int64_t n, const float* __restr
     if constexpr (states > 1) b = state1[i];
     if constexpr (states > 2) c = state2[i];
     if constexpr (states > 3) d = state3[i];
-    const Pair t = terms<Rule>(prologue(g[i], p[i], s), p[i], a, b, c, d, scalars);
+    const Pair t = terms<Rule>(prologue<Rule>(g[i], p[i], s), p[i], a, b, c, d, scalars);
     first[i] = t.first;
     second[i] = t.second;
   }

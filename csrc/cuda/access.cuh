@@ -2,7 +2,7 @@
 #pragma once
 #include "../philox.h"
 #include "../precision.h"
-#include "platform.cuh"
+#include "bytes.cuh"
 
 namespace fo {
 
@@ -166,24 +166,41 @@ FO_DEV Octet narrow(const float (&v)[kOctet], int dtype) {
   return o;
 }
 
-// float_to_bf16_stochastic of precision.h for two values that come from arithmetic, so that a NaN is the canonical one and infinity,
-// whose low half is 0, cannot carry: two instructions less each.
-FO_DEV uint32_t pack_bf16_stochastic(float low, float high, uint32_t random) {
+FO_DEV bool any_nan(const float (&v)[kOctet]) {
 #if defined(__CUDA_ARCH__)
-  uint32_t a = bits(low), b = bits(high);
-  if (low == low) a += random & 0xFFFFu;
-  if (high == high) b += random >> 16;
-  return __byte_perm(a, b, 0x7632);
+  uint32_t any;  // spelled out, since a comparison takes two values, and the compiler makes one for each
+  asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; setp.nan.or.f32 p, %3, %4, p; setp.nan.or.f32 p, %5, %6, p;"
+      " setp.nan.or.f32 p, %7, %8, p; selp.u32 %0, 1, 0, p; }"
+      : "=r"(any) : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7]));
+  return any;
 #else
-  return float_to_bf16_stochastic(low, random & 0xFFFFu) | uint32_t(float_to_bf16_stochastic(high, random >> 16)) << 16;
+  bool any = false;
+  for (float x : v) any |= x != x;
+  return any;
 #endif
+}
+
+// float_to_bf16_stochastic of precision.h for values that come from arithmetic, so that a NaN is a quiet one. Infinity, whose low half
+// is 0, cannot carry; what would make a NaN carry is cleared, in the rare octet that holds one.
+FO_DEV Octet narrow_bf16_stochastic(const float (&v)[kOctet], Random8 r) {
+  if (any_nan(v)) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (v[i] != v[i]) r.word[i / 2] &= i & 1 ? 0xFFFFu : 0xFFFF0000u;
+  }
+  Octet o = {};
+#pragma unroll
+  for (int i = 0; i < kOctet; i += 2) {
+    const uint32_t random = r.word[i / 2];
+    o.word[i / 2] = select_bytes(bits(v[i]) + (random & 0xFFFFu), bits(v[i + 1]) + (random >> 16), 0x7632);
+  }
+  return o;
 }
 
 FO_DEV Octet narrow_stochastic(const float (&v)[kOctet], int dtype, const Random8& r) {
   Octet o = {};
   if (dtype == kBF16) {
-#pragma unroll
-    for (int i = 0; i < kOctet; i += 2) o.word[i / 2] = pack_bf16_stochastic(v[i], v[i + 1], r.word[i / 2]);
+    o = narrow_bf16_stochastic(v, r);
   } else {
     // One pair at a time, the octet rotating: unrolled, the long fp16 rounding would set the registers of the whole kernel.
     Random8 left = r;

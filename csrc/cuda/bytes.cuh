@@ -27,6 +27,10 @@ FO_DEV uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  //
   return select_bytes(select_bytes(a, b, 0x0040), select_bytes(c, d, 0x0040), 0x5410);
 }
 
+FO_DEV uint32_t pack_highest(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // their high bytes
+  return select_bytes(select_bytes(a, b, 0x0073), select_bytes(c, d, 0x0073), 0x5410);
+}
+
 FO_DEV uint32_t sign_bytes(float a, float b, float c, float d) {  // 0xFF for each whose sign bit is set
   return select_bytes(select_bytes(bits(a), bits(b), 0x00FB), select_bytes(bits(c), bits(d), 0x00FB), 0x5410);
 }
@@ -40,6 +44,14 @@ FO_DEV uint32_t truncate_byte(float q, float whole) {
 #endif
 }
 
+FO_DEV uint32_t max_of_three(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  return __vimax3_u32(a, b, c);  // one instruction from sm_90 on
+#else
+  return a > b ? (a > c ? a : c) : b > c ? b : c;
+#endif
+}
+
 FO_DEV float max_magnitude(float a, float b) {  // a NaN stays
 #if defined(__CUDA_ARCH__)
   float out;
@@ -47,16 +59,6 @@ FO_DEV float max_magnitude(float a, float b) {  // a NaN stays
   return out;
 #else
   return from_bits(magnitude(a) > magnitude(b) ? magnitude(a) : magnitude(b));
-#endif
-}
-
-FO_DEV float reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.f / x;
 #endif
 }
 

@@ -45,7 +45,7 @@ FO_DEV Largest reduce_largest(uint32_t mine, bool halves) {
 }
 
 // What needs a second look: NaN and infinity, and scales by which a second moment that is not zero may underflow.
-constexpr uint32_t kExtreme = 0x4B000000u;  // 2^23: 2^-126 / 2^23 is the least subnormal
+constexpr uint32_t kExtreme = 0x47000000u;  // 2^15: 2^-126 / 2^15 is the subnormal with the bits 0x100
 
 // The blocks' finite maxima, saturated. In place of what is larger, NaN or infinity, the maximum with its sign; for second moments
 // what has the lowest code that is not zero in place of what is too small.
@@ -76,14 +76,23 @@ FO_DEV Octet encode_codes(const float (&v)[kOctet], int id, float inverse, const
 FO_DEV Octet encode(float (&v)[kOctet], int format, float& scale, const CodeView& tables) {
   const int id = format & kFormatMask;
   const bool halves = id == kFormatInt4;
-  float mine = 0;
+  const bool is_signed = format & kFormatSigned;
+  uint32_t mine = bits(v[0]);
+  if (is_signed) {
+    float most = fabsf(v[0]);
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) mine = max_magnitude(mine, v[i]);
-  Largest largest = reduce_largest(bits(mine), halves);
-  if (largest.warp >= kExtreme) largest = replace_extremes(v, halves, format & kFormatSigned);
+    for (int i = 1; i < kOctet; ++i) most = max_magnitude(most, v[i]);
+    mine = bits(most);
+  } else {  // second moments have no sign; where one has, the block is looked at again
+#pragma unroll
+    for (int i = 1; i + 1 < kOctet; i += 2) mine = max_of_three(mine, bits(v[i]), bits(v[i + 1]));
+    mine = max_of_three(mine, bits(v[7]), 0u);
+  }
+  Largest largest = reduce_largest(mine, halves);
+  if (largest.warp >= kExtreme) largest = replace_extremes(v, halves, is_signed);
   scale = block_scale(largest.block);
-  const float inverse = scale > 0.f ? reciprocal(scale) : 0.f;
-  return format & kFormatSigned ? encode_codes<true>(v, id, inverse, tables) : encode_codes<false>(v, id, inverse, tables);
+  const float inverse = largest.block < kSmallest ? 0.f : reciprocal_of_normal(scale);
+  return is_signed ? encode_codes<true>(v, id, inverse, tables) : encode_codes<false>(v, id, inverse, tables);
 }
 
 // What lies outside the row must not reach a block's scale.

@@ -24,6 +24,7 @@ struct Numbers {
   char *grad, *companion;     // from the chunk's first element on
   float* scales[kMaxStates];  // from its first block on
   uint64_t octet;             // of its first element
+  PhiloxKeys keys;
   uint32_t tensor;
 };
 
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
       numbers.companion = make_stream(entry(launch, kCompanion, work.row), companion_shift(mode.precision()), work.first).base;
     numbers.octet = uint64_t(work.first) / kOctet + uint64_t(entry(launch, kFirstOctet, work.row));
     numbers.tensor = uint32_t(work.meta >> 32);
+    numbers.keys = philox_keys(numbers.head, numbers.tensor);
     for (int i = 0; i < kStates; ++i)
       numbers.scales[i] = reinterpret_cast<float*>(entry(launch, kScale + i, work.row)) + (work.first >> block_shift(mode.format(i)));
   }
@@ -116,7 +118,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 #pragma unroll
     for (int i = 0; i < kStates; ++i) decode(s[i], raw_s[i], mode.format(i), scale[i], tables);
 
-    const auto random = [&](int stream) { return philox8(numbers.head, numbers.tensor, stream_octet(numbers.octet + at / kOctet, stream)); };
+    const auto random = [&](int stream) {
+      const uint64_t octet = stream_octet(numbers.octet + at / kOctet, stream);
+      if constexpr (takes_noise<Rule>) return philox8(numbers.head, numbers.tensor, octet);  // its registers do not hold the keys
+      else return philox8(numbers.keys, octet);
+    };
     float z[kOctet] = {};
     if constexpr (takes_noise<Rule> && !(Probe && has_terms<Rule>)) {
       const Random8 drawn = random(kNoiseStream);
@@ -131,11 +137,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule>) step_kernel(const 
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
       if constexpr (Probe && has_terms<Rule>) {
-        const Pair t = terms<Rule>(prologue(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
+        const Pair t = terms<Rule>(prologue<Rule>(g[i], p[i], numbers.stage), p[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
         if (full || i < live) square = join<kLargest>(square, t);
         continue;
       }
-      const float u = direction<Rule>(prologue(g[i], p[i], numbers.stage), p[i], z[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
+      const float u = direction<Rule>(prologue<Rule>(g[i], p[i], numbers.stage), p[i], z[i], s[0][i], s[1][i], s[2][i], s[3][i], numbers.scalars);
       if (!Probe) {
         p[i] = epilogue(p[i], u, numbers.stage);
       } else if (full || i < live) {

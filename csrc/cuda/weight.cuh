@@ -27,17 +27,58 @@ FO_DEV void load_raw_weight(Octet& raw, const Stream& param, const Stream& compa
   }
 }
 
+// join of precision.h. Low bits with their top bit flipped lie beside the high half as they are, 2^15 too high. A bf16 that was zeroed
+// beside negative low bits gives a NaN this way, so only an octet with a NaN is looked at again.
+FO_DEV void join_split(float (&p)[kOctet], const Octet& raw, int precision) {
+#pragma unroll
+  for (int i = 0; i < kOctet; i += 2) {
+    const uint32_t bytes = raw.word[4 + i / 4] ^ 0x80808080u;
+    const uint32_t low = precision == kSplit32 ? raw.word[4 + i / 2] ^ 0x80008000u : select_bytes(bytes, 0u, i & 2 ? 0x3424 : 0x1404);
+    p[i] = from_bits(select_bytes(low, raw.word[i / 2], 0x5410) - 0x8000u);
+    p[i + 1] = from_bits(select_bytes(low, raw.word[i / 2], 0x7632) - 0x8000u);
+  }
+  if (any_nan(p)) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      const int32_t low = precision == kSplit32 ? int32_t(int16_t(half_word(raw, 4, i))) : int32_t(int8_t(raw.word[4 + i / 4] >> (8 * (i & 3)))) * 256;
+      p[i] = join(half_word(raw, 0, i), low);
+    }
+  }
+}
+
+// split24 and split32 of precision.h: in bits + 2^15 the high half is rounded and the low bits have their top bit flipped.
+FO_DEV Octet store_split(float (&p)[kOctet], int precision, const Random8& random, Octet& companion) {
+  if (any_nan(p)) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) p[i] = from_bits(split_bits(p[i]));
+  }
+  Octet out = {};
+  uint32_t w[kOctet];
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    const uint32_t r = precision == kSplit32 ? 0u : i & 1 ? random.word[i / 2] >> 24 : random.word[i / 2] >> 8 & 0xFFu;
+    w[i] = bits(p[i]) + 0x8000u + r;
+  }
+#pragma unroll
+  for (int i = 0; i < kOctet; i += 2) {
+    out.word[i / 2] = select_bytes(w[i], w[i + 1], 0x7632);
+    if (precision == kSplit32) companion.word[i / 2] = select_bytes(w[i], w[i + 1], 0x5410) ^ 0x80008000u;
+  }
+  if (precision == kSplit24) {
+#pragma unroll
+    for (int i = 0; i < kOctet; i += 4)
+      companion.word[i / 4] = select_bytes(select_bytes(w[i], w[i + 1], 0x0051), select_bytes(w[i + 2], w[i + 3], 0x0051), 0x5410) ^ 0x80808080u;
+  }
+  return out;
+}
+
 // raw: the parameter in words 0..3 and its companion in words 4..7; with a master weight that alone.
 FO_DEV void load_weight(float (&p)[kOctet], const Octet& raw, int dtype, int precision) {
   if (precision == kKahan) {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) p[i] = widen_half(half_word(raw, 0, i), dtype) + widen_half(half_word(raw, 4, i), dtype);
-  } else if (precision == kSplit32) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) p[i] = join(half_word(raw, 0, i), int16_t(half_word(raw, 4, i)));
-  } else if (precision == kSplit24) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) p[i] = join(half_word(raw, 0, i), int32_t(int8_t(raw.word[4 + i / 4] >> (8 * (i & 3)))) * 256);
+  } else if (precision == kSplit32 || precision == kSplit24) {
+    join_split(p, raw, precision);
   } else {
     widen(p, raw, precision == kMaster ? kF32 : dtype);
   }
@@ -56,20 +97,9 @@ FO_DEV Octet store_weight(float (&p)[kOctet], int dtype, int precision, const Ra
     companion = narrow_stochastic(p, dtype, random(0));
     if (precision == kStochastic) out = companion;
   } else if (precision == kSplit24) {
-    const Random8 r = random(0);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
-      const Split s = split24(p[i], uniform16(r, i));
-      out.word[i / 2] = i & 1 ? out.word[i / 2] | uint32_t(s.high) << 16 : s.high;
-      companion.word[i / 4] |= uint32_t(uint8_t(s.low)) << (8 * (i & 3));
-    }
+    out = store_split(p, precision, random(0), companion);
   } else if (precision == kSplit32) {
-#pragma unroll
-    for (int i = 0; i < kOctet; i += 2) {
-      const Split a = split32(p[i]), b = split32(p[i + 1]);
-      out.word[i / 2] = a.high | uint32_t(b.high) << 16;
-      companion.word[i / 2] = uint16_t(a.low) | uint32_t(uint16_t(b.low)) << 16;
-    }
+    out = store_split(p, precision, {}, companion);
   } else {
     if (precision == kMaster) companion = narrow(p, kF32);
     out = narrow(p, dtype);

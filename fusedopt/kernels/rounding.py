@@ -48,10 +48,8 @@ def uniform16_at(seed, step, tensor, element, STREAM: tl.constexpr):
 
 @triton.jit
 def bf16_stochastic(x, random16):
-    u = bits(x)
-    finite = (u & 0x7F800000) != 0x7F800000
-    special = u | tl.where(x == x, 0, 0x400000).to(tl.uint32)
-    return (tl.where(finite, u + random16, special) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    u = bits(x)  # the low half of infinity is 0 and does not carry
+    return (tl.where(x == x, u + random16, u | 0x400000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

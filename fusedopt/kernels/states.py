@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.kernels.access import load_stream, row_pointer, spread, store_stream
+from fusedopt.kernels.arithmetic import div
 from fusedopt.kernels.bits import LARGEST, SMALLEST, to_bf16, widen
 from fusedopt.kernels.formats import fp8, int4, int8, int8c
 from fusedopt.kernels.formats.fp8 import fp8_decode, fp8_encode
@@ -67,7 +68,7 @@ def encode(x, scale, FORMAT: tl.constexpr):
         else INT4_TOP
     )
     usable = scale > 0.0
-    inverse = spread(tl.where(usable, 1.0 / tl.where(usable, scale, 1.0), 0.0), x.shape[0])
+    inverse = spread(tl.where(usable, div(1.0, tl.where(usable, scale, 1.0)), 0.0), x.shape[0])
     top = spread(tl.where(usable, TOP, 0.0), x.shape[0])
     if FORMAT_ID == INT8:
         return int8_encode(x, inverse, top, SIGNED)
