@@ -15,7 +15,7 @@ from fusedopt.checks import describe
 from fusedopt.conversion import convert, for_loading, to_bitsandbytes
 from fusedopt.distributed import Loader, LocalEntry, as_dtensor, entry_of, gathered, is_dtensor, local, portable
 from fusedopt.masters import bind, configured_precision
-from fusedopt.memory import empty_like, flat, strides_match
+from fusedopt.memory import empty_like, flat, is_dense, strides_match
 from fusedopt.precision import COMPANIONS, companion_dtypes
 from fusedopt.projections.base import states_like
 from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
@@ -38,9 +38,12 @@ def to_torch(opt, native: dict) -> dict:
         _, group = indices[index]
         rule = opt.rule_for(group)
         converted = {"step": entry["step"].clone()} if opt.torch_counts_steps else {}
-        if opt.projection_for(indices[index][0], group) is not None:
+        p, projection = indices[index][0], opt.projection_for(indices[index][0], group)
+        if projection is not None and (
+            projection.tensors(p) or any(s is not p for s in states_like(p, projection, rule))
+        ):
             raise ValueError(
-                f"{describe(type(opt).__name__, index, indices[index][0])}: its states are projected and have no torch.optim "
+                f"{describe(type(opt).__name__, index, p)}: its states are projected and have no torch.optim "
                 "form. Use state_dict()."
             )
         for name, number in rule.derived.items():
@@ -50,7 +53,7 @@ def to_torch(opt, native: dict) -> dict:
                 converted[name] = entry[name].clone()
         for state in rule.states:
             if state.name in entry:
-                converted[state.name] = _decoded(indices[index][0], entry, state)
+                converted[state.name] = _decoded(p, entry, state)
         out[index] = converted
     groups = [{k: v for k, v in g.items() if k not in OWN_OPTIONS} for g in native["param_groups"]]
     return {"state": out, "param_groups": groups}
@@ -154,7 +157,7 @@ def _take(p: torch.Tensor, out: dict, entry: dict, state, form) -> None:
     A flat state (a converted int4 state that has lost its shape) lies in p's memory order.
     """
     tensor, found = entry[state.name], st.stored_format(entry, state.name, form)
-    if found.block and found.bits < 8 and tensor.dim() > 1 and not p.is_contiguous():
+    if found.block and found.bits < 8 and tensor.dim() > 1 and is_dense(p) and not p.is_contiguous():
         # Packed in a shape: it was a contiguous parameter's, and this one lies in memory in another order.
         scale = st.stored_scale(entry, state.name, found)
         values = found.decode(tensor.reshape(-1), scale, state.signed, torch.float32, p.numel())
@@ -262,6 +265,7 @@ def _step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
+@st.undisturbed
 def prepare(opt, state_dict: dict, labels: list[str] | None = None) -> dict:
     """What Optimizer.__setstate__ takes, from a loaded state dict; the optimizer is not touched.
 

@@ -9,7 +9,10 @@ from fusedopt.distributed import local
 from fusedopt.formats import Format
 from fusedopt.masters import configured_precision
 from fusedopt.memory import is_dense, overlaps, strides_match
-from fusedopt.states import WIDE, stored_shape
+from fusedopt.options import check_storage_numbers
+from fusedopt.precision import get_precision
+from fusedopt.rule import known_states
+from fusedopt.states import WIDE, scale_name, stored_shape
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,6 +55,14 @@ def check_parameter(name: str, index: int, p: torch.Tensor, g: torch.Tensor) -> 
         )
 
 
+def check_distinct(name: str, found: list[tuple[int, torch.Tensor]]) -> None:
+    """Raises RuntimeError for a parameter that is listed twice: one launch would step it twice at once."""
+    first: dict[int, int] = {}
+    for index, p in found:
+        if first.setdefault(id(p), index) != index:
+            raise RuntimeError(f"{describe(name, index, p)} is parameter {first[id(p)]} too. List it once.")
+
+
 def check_precision(name: str, index: int, p: torch.Tensor, group: dict) -> None:
     """Raises RuntimeError for a parameter whose dtype its param_precision cannot keep."""
     try:
@@ -63,11 +74,14 @@ def check_precision(name: str, index: int, p: torch.Tensor, group: dict) -> None
 def check_layout(
     name: str, index: int, p: torch.Tensor, work: torch.Tensor, entry: dict, key: str, form: Format | None
 ) -> None:
-    """A state that was put in place from outside must have the parameter's shape, device and layout; the layout is mended.
+    """A state that was put in place from outside must have the parameter's shape, device, dtype and layout: launches go by
+    addresses. The layout is mended, and so is a floating-point dtype that the format does not store (model.double(), .half()).
 
     form: the state's format; None for a companion.
     """
     tensor = entry[key]
+    if form is not None:
+        tensor = entry[key] = _in_storage(describe(name, index, p), p, work, entry, key, form)
     shape = tuple(p.shape) if form is None else stored_shape(form, work)
     if tensor.shape != shape or tensor.device != p.device:
         raise RuntimeError(
@@ -86,9 +100,61 @@ def check_layout(
         )
 
 
+def check_states(name: str, index: int, p: torch.Tensor, entry: dict, rule, kept: dict) -> None:
+    """Raises RuntimeError for what is no tensor among a rule's states and what a projection keeps, (shape, dtype) by name; a dtype
+    of the latter that the parameter had before (model.double()) is mended."""
+    for key in (*rule.state_names, *kept):
+        tensor = entry[key]
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise RuntimeError(
+                f"{describe(name, index, p)}: its state {key!r} is no dense tensor but {type(tensor).__name__}. Load a state "
+                "dict, or delete the state to begin anew."
+            )
+        if key in kept and tensor.dtype != kept[key][1]:
+            entry[key] = tensor.to(kept[key][1])
+
+
+def _in_storage(what: str, p: torch.Tensor, work: torch.Tensor, entry: dict, key: str, form: Format) -> torch.Tensor:
+    """A state in a dtype that its format is stored in; its scales must fit it. Raises RuntimeError where it cannot be."""
+    tensor = entry[key]
+    if form.block:
+        scale = entry[scale_name(key, form)]
+        fits = tensor.dtype == form.storage and scale.dtype == torch.float32 and scale.device == p.device
+        if not (fits and scale.shape == (form.scale_count(work.numel()),) and scale.is_contiguous()):
+            raise RuntimeError(
+                f"{what}: its {form.name} state {key!r} is {tensor.dtype} with scales of {scale.dtype} and shape "
+                f"{tuple(scale.shape)} on {scale.device}. Codes cannot be cast: load a state dict of the same model."
+            )
+        return tensor
+    stored = (form.storage, torch.float64) if p.dtype == torch.float64 else (form.storage,)  # the reference steps both
+    if tensor.dtype in stored:
+        return tensor
+    if not tensor.dtype.is_floating_point:
+        raise RuntimeError(f"{what}: its state {key!r} is {tensor.dtype}. Load a state dict of the same optimizer.")
+    return tensor.to(form.storage)
+
+
+def check_group(opt, group: dict) -> None:
+    """Raises ValueError for an option of a group that is out of range, or that only an optimizer as a whole can have and has
+    not (ZeroRedundancyOptimizer's groups repeat all arguments)."""
+    name = type(opt).__name__
+    for option in ("clip_grad_norm", "gradient_transforms", "backend", "amp_fused"):
+        kept, given = getattr(opt, option), group.get(option)
+        if option in group and given is not kept and (tuple(given) if isinstance(given, list) else given) != kept:
+            raise ValueError(f"{name}: {option} is of the whole optimizer, not of a group. Pass it to {name}(...).")
+    states.check_state_format(group["state_format"])
+    get_precision(group["param_precision"])
+    check_storage_numbers(group)
+
+
 def check_formats(name: str, rule, group: dict) -> None:
-    """Raises ValueError for a narrow format that a group gives to a wide state by its name."""
+    """Raises ValueError for states that no rule has, and for a narrow format that a group gives to a wide state by its name."""
     chosen = group["state_format"]
+    if isinstance(chosen, dict) and (unknown := chosen.keys() - known_states()):
+        raise ValueError(
+            f"{name}: state_format names {', '.join(map(repr, sorted(map(str, unknown))))}, which no rule keeps; rule "
+            f"{rule.name!r} keeps {', '.join(rule.state_names) or 'none'}."
+        )
     for state in rule.states if isinstance(chosen, dict) else ():
         if state.wide and chosen.get(state.name, "fp32") != "fp32":
             raise ValueError(f"{name}: {WIDE.format(rule=rule.name, state=state.name, form=chosen[state.name])}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fusedopt.checks import check_positions, describe
+from fusedopt.checks import check_positions, check_precision, describe
 from fusedopt.distributed import is_dtensor
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.precision import philox_words
 from fusedopt.projections.base import check_positive_int
 from fusedopt.projections.seeds import mix
+from fusedopt.states import undisturbed
 
 PURPOSE = 0x4E55
 NAME = "hessian"  # of the state, which rules return as they get it
@@ -68,6 +69,7 @@ class EstimatesHessian(FusedOptimizer):
                     raise RuntimeError(
                         f"{what} is a DTensor, whose gradients have no graph. Keep parameters whole (DDP)."
                     )
+                check_precision(name, tensor_id, p, group)
                 check_positions(name, tensor_id, p, self.rule_for(group), self.projection_for(p, group))
                 owners.append((tensor_id, p, group))
         params = [p for _, p, _ in owners]
@@ -100,6 +102,7 @@ class EstimatesHessian(FusedOptimizer):
                     p.grad += g
                 self.put_estimate(tensor_id, p, group, sums[i] / samples)
 
+    @undisturbed
     @torch.no_grad()
     def put_estimate(self, tensor_id: int, p: torch.Tensor, group: dict, diagonal: torch.Tensor) -> None:
         """Writes an estimate of the Hessian's diagonal, shaped like p, into the state of parameter `tensor_id`."""

@@ -299,10 +299,43 @@ def first_octet(p: torch.Tensor) -> int:
     if all(dim == 0 for _, dim in split):
         _, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
         return -(-offset[0] * prod(p.shape[1:]) // 8) if offset else 0
-    place = 0
-    for i, _ in split:
-        place = place * mesh.size(i) + mesh.get_local_rank(i)
-    return place * -(-p.numel() // 8)
+    return shard_number(p) * -(-p.numel() // 8)
+
+
+def shard_number(p) -> int:
+    """Which shard of a DTensor this process has, counted from 0; replicas have the same."""
+    number = 0
+    for i, _ in sharded_dims(p):
+        number = number * p.device_mesh.size(i) + p.device_mesh.get_local_rank(i)
+    return number
+
+
+class Sharding:
+    """How the shards of a matrix (a tensor of two or more dimensions, [first, all others]) make the whole, and which part of a
+    whole is this process's. Every process of the mesh has to gather the same matrices in the same order."""
+
+    def __init__(self, p):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        self.p, self.shape, self.number = p, p.shape, shard_number(p)
+        self.matrix = (p.shape[0], prod(p.shape[1:]))
+        self.mine, self.offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+
+    def gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        """Fills whole [rows, cols] from the shards; shard has this process's elements in order."""
+        parts = as_dtensor(shard.view(self.mine), self.p, self.shape)
+        whole.copy_(parts.full_tensor().view(self.matrix))
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's elements of whole [rows, cols], as the matrix that its shard is; contiguous."""
+        t = whole.view(self.shape)
+        for dim, (start, length) in enumerate(zip(self.offset, self.mine, strict=True)):
+            t = t.narrow(dim, min(start, self.shape[dim]), length)
+        return t.reshape(self.local_matrix).contiguous()
+
+    @property
+    def local_matrix(self) -> tuple[int, int]:
+        return self.mine[0], prod(self.mine[1:])
 
 
 # What a step refuses, and the gradients it takes
@@ -312,10 +345,15 @@ def check_sharded(what: str, p, projection, formats) -> None:
     """Raises RuntimeError for a DTensor parameter that cannot be stepped in shards."""
     if is_partial(p):
         raise RuntimeError(f"{what} has Partial placements {p.placements}. Redistribute it to Shard or Replicate.")
-    if projection is not None:
+    if projection is not None and not projection.gathers:
         raise RuntimeError(
             f"{what} is a DTensor, and {type(projection).__name__} needs the whole tensor. Use a rule without projection or "
-            "factors for sharded parameters (AdamW, Lion, SGD, LAMB, LARS), or DDP, which keeps them whole."
+            "factors for sharded parameters (AdamW, Lion, SGD, LAMB, LARS, Muon), or DDP, which keeps them whole."
+        )
+    if projection is not None and not local(p).is_contiguous():
+        raise RuntimeError(
+            f"{what} has a shard of strides {local(p).stride()}: {type(projection).__name__} gathers contiguous ones. Make the "
+            "parameter contiguous before it is distributed."
         )
     if not local(p).is_contiguous() and any(form.block for form in formats):
         raise RuntimeError(

@@ -41,7 +41,7 @@ class TakesLoss(FusedOptimizer):
         if self.reads_loss():
             value = self._without_loss() if loss is None else loss
             if not isinstance(value, torch.Tensor):
-                value = torch.tensor(float(value), dtype=torch.float64)
+                value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
             value = value.detach()
             if value.numel() != 1:
                 raise ValueError(

@@ -99,11 +99,11 @@ class MatrixOptimizer(FusedOptimizer):
         return groups
 
     def _check_matrices(self, params: list) -> None:
-        for name, p in map(_named, params):
+        for i, (name, p) in enumerate(map(_named, params)):
             if isinstance(p, torch.Tensor) and p.dim() < 2:
                 raise ValueError(
-                    f"{type(self).__name__}: parameter {name or ''} of shape {tuple(p.shape)} is no matrix: give it to a "
-                    f"group of another {self.kind!r}"
+                    f"{type(self).__name__}: parameter {i if name is None else repr(name)} of its group, of shape "
+                    f"{tuple(p.shape)}, is no matrix: give it to a group of another {self.kind!r}"
                 )
 
 

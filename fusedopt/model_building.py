@@ -116,22 +116,34 @@ class SMB(FusedOptimizer):
         promised = sum(
             group["c"] * rate * square for (_, group), rate, square in zip(owners, rates, squares, strict=True)
         )
-        if trial is None:
-            with torch.enable_grad():
-                reached = closure()
-        else:
-            with torch.no_grad():
-                reached = trial()
-        accepted = _number(reached) <= _number(loss) - promised or sum(squares) ** 0.5 < SMALL
-        if not accepted:
-            if trial is not None:
+        try:
+            if trial is None:
+                with torch.enable_grad():
+                    reached = closure()
+            else:
+                with torch.no_grad():
+                    reached = trial()
+            accepted = _number(reached) <= _number(loss) - promised or sum(squares) ** 0.5 < SMALL
+            if not accepted and trial is not None:
                 with torch.enable_grad():
                     closure()
+        except BaseException:  # nothing is half-updated
+            self._take_back(params, starts)
+            raise
+        if not accepted:
             self._take_model(owners, starts, grads, rates)
         self._count(accepted)
         return loss
 
     step._wrapped_by_lr_sched = True
+
+    @torch.no_grad()
+    def _take_back(self, params: list, starts: list) -> None:
+        """Undoes the trial step."""
+        torch._foreach_copy_(params, starts)
+        if self._plan is not None:
+            for device in self._plan.devices:
+                device.count(-1)
 
     @torch.no_grad()
     def _take_model(self, owners, starts: list, grads: list, rates: list[float]) -> None:

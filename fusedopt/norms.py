@@ -11,8 +11,10 @@ from fusedopt.distributed import add_up, is_dtensor, is_partial, local, split_gr
 from fusedopt.memory import flat, is_dense
 from fusedopt.precision import get_precision
 from fusedopt.rule import get_rule
+from fusedopt.states import undisturbed
 
 
+@undisturbed
 def _sum_of_squares(tensors: list[torch.Tensor], each: bool = False) -> torch.Tensor:
     """fp32 [1]: the sum of squares over dense tensors of one device and dtype; each: fp32 [tensors], one for each of them."""
     first = tensors[0]

@@ -22,6 +22,7 @@ class Row:
     step: int
     view: torch.Tensor | None = None
     plain: bool = False  # of a launch over updates, which are neither unscaled nor negated
+    uncertain: bool = False  # whether the device may have skipped steps that `step` counts
     site: Any = None  # counts steps for the rule in its own way (a projection that resets states)
     like: int | None = (
         None  # the row that this one is a copy of, for a tensor with numbers of its own (fusedopt.measures)

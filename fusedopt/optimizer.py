@@ -10,7 +10,7 @@ import torch
 from fusedopt import checkpoint, compiled, distributed, masters, starts
 from fusedopt import states as st
 from fusedopt.backends import select
-from fusedopt.checks import check_formats, check_projection
+from fusedopt.checks import check_formats, check_group, check_projection
 from fusedopt.explain import PlanReport
 from fusedopt.lost import LostUpdates
 from fusedopt.measures import check_measured
@@ -86,8 +86,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ):
-        flags = {"foreach": foreach, "capturable": capturable}
-        check_lr(defaults["lr"], flags)
+        check_lr(defaults["lr"], {"foreach": foreach, "capturable": capturable})
         check_nonnegative(defaults["weight_decay"], "weight_decay value")
         st.check_state_format(state_format)
         get_precision(param_precision)
@@ -123,6 +122,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         """Adds a group of parameters. Raises ValueError for a projection or a flag that the rule cannot have."""
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
+            check_group(self, group)
             check_measured(type(self).__name__, self.rule_for(group), group)
             self._check_projection(group)
             check_formats(type(self).__name__, self.rule_for(group), group)
@@ -204,6 +204,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         self._plan = self._parts = self._offload = None
         self._widened = {}
 
+    @st.undisturbed
     def state_dict(self, format: str = "native") -> dict:
         """The state dict. format="torch": states decoded to fp32 under torch.optim's names, loadable by the torch class."""
         if format not in ("native", "torch"):
@@ -257,9 +258,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         return tuple(out)
 
     def backend_for_step(self) -> str | None:
-        if self.backend is None and (self.defaults["fused"] is False or self.defaults["differentiable"]):
-            return "reference"
-        return self.backend
+        reference = self.defaults["fused"] is False or self.defaults["differentiable"]
+        return "reference" if self.backend is None and reference else self.backend
 
     def steps_on_device(self, p: torch.Tensor, group: dict) -> bool:
         """Whether a parameter's step count lives on its device (CUDA graphs; skipped steps without a host round trip)."""
@@ -337,7 +337,9 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self._release is not None:
             self._opt_called = True
             self._release.finish()
-        elif torch.compiler.is_compiling() and self._low_rank is None and not self.defaults["differentiable"]:
+        elif not torch.compiler.is_compiling():
+            self._step_now()
+        elif self._low_rank is None and not self.defaults["differentiable"]:
             compiled.traced_step(self._traced)
         else:
             self._step_eagerly()
@@ -349,9 +351,13 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def _step_eagerly(self) -> None:
+        self._step_now()
+
+    def _step_now(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         self._step_tensors(params, self._gradients(params))
 
+    @st.undisturbed
     def _step_tensors(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
         """One step with these gradients of these parameters, which are all of the optimizer's."""
         self._accelerator_check()
@@ -382,7 +388,7 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         """Whether a first step has learning rate 0 and nothing but zero gradients. torch.distributed.checkpoint makes an
         optimizer's states with such a step; it is not counted, so that a checkpoint before the first update says step 0."""
         lrs = [group["lr"] for group in self.param_groups]
-        if any(not isinstance(lr, torch.Tensor) and lr != 0 for lr in lrs) or _capturing():
+        if _capturing() or any(not isinstance(lr, torch.Tensor) and lr != 0 for lr in lrs):
             return False
         if any(float(lr) != 0 for lr in lrs):
             return False
@@ -458,9 +464,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
                 slot.site.owed = True
 
     def _accelerator_check(self) -> None:
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)
-        check = check or getattr(self, "_cuda_graph_capture_health_check", None)
-        if check is not None:
+        names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")  # torch's, new and old
+        if check := next((getattr(self, name) for name in names if hasattr(self, name)), None):
             check()
 
     @property
@@ -471,9 +476,9 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         source = self._plan if self.offloading is None else self._offload
         if source is None or self.clip_grad_norm is None:
             return None
-        norm = source.grad_norm()
-        return None if norm is None else norm.to(torch.float32, copy=True)
+        return None if (norm := source.grad_norm()) is None else norm.to(torch.float32, copy=True)
 
+    @st.undisturbed
     def plan(self) -> PlanReport:
         """What a step would launch with the present gradients: `print(opt.plan().explain())`.
 
@@ -486,12 +491,9 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         if self.offloading is not None:
             grads = stand_ins if all(g is None for g in grads) else grads
             return PlanReport(self, self._engine().plan(params, grads))
-        none = all(g is None for g in grads)
-        if none:
+        if none := all(g is None for g in grads):
             grads = [distributed.local(p) if p is not None else None for p in stand_ins]
         if self.gradient_transforms:
             grads = transforms.widened(self, params, grads, None)
-        if none:
-            with torch.no_grad():
-                return PlanReport(self, Plan(self, params, grads))
-        return PlanReport(self, self._current_plan(params, grads))
+        with torch.no_grad():
+            return PlanReport(self, Plan(self, params, grads) if none else self._current_plan(params, grads))

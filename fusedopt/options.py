@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 
 
+def check_number(value, what: str) -> None:
+    if not isinstance(value, (Real, torch.Tensor)):
+        raise TypeError(f"Invalid {what}: {value!r}; it must be a number")
+
+
 def check_nonnegative(value, what: str) -> None:
+    check_number(value, what)
     if not 0.0 <= value:
         raise ValueError(f"Invalid {what}: {value}")
 
@@ -19,8 +27,9 @@ def check_lr(lr, options) -> None:
     check_nonnegative(lr, "learning rate")
 
 
-def check_betas(betas, options) -> None:
-    if any(isinstance(b, torch.Tensor) for b in betas):
+def check_betas(betas, options, count: int = 2) -> None:
+    several = isinstance(betas, (tuple, list, torch.Tensor))
+    if several and any(isinstance(b, torch.Tensor) for b in betas):
         if not all(isinstance(b, torch.Tensor) for b in betas):
             raise ValueError("betas must be either both floats or both Tensors")
         for i, beta in enumerate(betas):
@@ -28,9 +37,12 @@ def check_betas(betas, options) -> None:
                 raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
             if beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
-    for i, beta in enumerate(betas):
+    for i, beta in enumerate(betas if several else ()):
+        check_number(beta, f"beta parameter at index {i}")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not several or len(betas) != count:  # after what torch.optim says of single ones
+        raise ValueError(f"Invalid betas: {betas!r}; it takes {count} of them")
 
 
 def check_fraction(value, what: str) -> None:
@@ -49,3 +61,13 @@ def check_clip(max_norm) -> None:
         raise ValueError("Tensor clip_grad_norm must be 1-element")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"Invalid clip_grad_norm value: {max_norm}; it must be positive, or None for no clipping")
+
+
+def check_storage_numbers(group: dict) -> None:
+    """Of the options that say how states and parameters are kept, those that are numbers."""
+    for name, least in (("seed", None), ("min_quantized_numel", 0)):
+        value = group[name]
+        if not isinstance(value, Integral) or isinstance(value, bool) or least is not None and value < least:
+            raise ValueError(
+                f"Invalid {name}: {value!r}; it must be an integer{'' if least is None else ', 0 or more'}"
+            )

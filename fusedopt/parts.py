@@ -14,6 +14,7 @@ from fusedopt.measures import needs_all_gradients
 from fusedopt.plan import Plan
 from fusedopt.projections.base import places
 from fusedopt.projections.steps import ScratchPool
+from fusedopt.states import undisturbed
 from fusedopt.transforms.base import check_parts, widened
 
 MORE_PLANS = 64  # plans kept beyond two for each parameter
@@ -134,6 +135,7 @@ class Parts:
         plan = self._plans[ids] = PartPlan(self.opt, self.index, ids, grads, self._pool, clip)
         return plan
 
+    @undisturbed
     def step_parameter(self, p: torch.Tensor, i: int | None) -> None:
         opt = self.opt
         g = p.grad

@@ -18,12 +18,14 @@ from fusedopt.backends import select
 from fusedopt.backends.base import BucketKey, Work
 from fusedopt.bucket import Bucket, Slot
 from fusedopt.checks import (
+    check_distinct,
     check_layout,
     check_parameter,
     check_positions,
     check_precision,
     check_projected,
     check_quantized,
+    check_states,
     describe,
 )
 from fusedopt.distributed import (
@@ -40,6 +42,7 @@ from fusedopt.masters import configured_precision
 from fusedopt.measures import Measured, check_devices
 from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
+from fusedopt.options import check_clip
 from fusedopt.precision import get_precision
 from fusedopt.projections.base import places, states_like
 from fusedopt.projections.steps import ProjectedSteps, ScratchPool
@@ -71,7 +74,7 @@ class DevicePlan:
         self.projected = ProjectedSteps(projected, self.scalars, opt.param_groups, pool)
         self.wholes: list[Bucket] = []  # of projected slots: the global norm is that of their full gradients
         if clipping:
-            self.wholes = _buckets([slot.whole() for slot in self.projected.slots], apart=False)
+            self.wholes = _buckets([s.whole() for s in self.projected.slots if s.param.numel()], apart=True)
         for bucket in (*self.buckets, *self.wholes):
             rule, form, precision = bucket.slots[0].rule, bucket.slots[0].formats, get_precision(bucket.key.precision)
             base = Work(bucket.key, rule, form, precision, bucket.items(None) if bucket.native else [], bucket.table,
@@ -174,18 +177,27 @@ class DevicePlan:
         return all(c._version == v for c, v in zip(self.counters, self.versions, strict=True))
 
     def advance(self, groups: list[dict]) -> None:
+        self.count(1)
+        try:
+            self.scalars.update(groups, self.upload)
+        except Exception:  # of an option that was changed to something else than a number
+            self.count(-1)
+            raise
+
+    def count(self, steps: int) -> None:
         for counter in self.counters:
-            counter.add_(1)
+            counter.add_(steps)
         self.versions = [c._version for c in self.counters]
         for row in self.scalars.rows:
-            row.step += 1
-        self.scalars.update(groups, self.upload)
+            row.step += steps
 
     def take_back(self, found_inf: torch.Tensor) -> None:
         """Undoes the count of a step that found_inf skipped on the device."""
         if not self.counts_on_host:
             for counter in self.counters:
                 counter.sub_(found_inf.to(counter.device, counter.dtype).view(()))
+            for row in self.scalars.rows:
+                row.uncertain = True
             self.versions = [c._version for c in self.counters]
 
     def set_amp(self, grad_scale, found_inf) -> None:
@@ -264,10 +276,9 @@ class Plan:
         count = max((s.tensor_id for s in slots), default=-1) + 1
         self.devices = [DevicePlan(d, mine, opt, count, self.max_norm, self.pool) for d, mine in devices.items()]
         self.live_params = [s.owner for s in slots]
-        self.param_pointers = [storage(local(p)).data_ptr() for p in self.live_params]
-        self.shapes = [p.shape for p in self.live_params]
-        self.grad_dtypes = [g.dtype for g in live]
-        self.grad_strides = [g.stride() for g in live]
+        self.plain = all(type(p) in (torch.nn.Parameter, torch.Tensor) for p in self.live_params)
+        self.param_facts = self._param_facts()
+        self.grad_facts = [(g.dtype, g.stride()) for g in live]
         self.gapped = [s for s in slots if s.work_param is not storage(s.param)]
         self.copied = [s for s in slots if s.copy_grad]
         self.scratch: list[torch.Tensor] = []
@@ -281,7 +292,10 @@ class Plan:
         return self.opt.flags()
 
     def _max_norm(self) -> float | None:
-        return self.opt.clip_grad_norm
+        clip = self.opt.clip_grad_norm
+        if not isinstance(clip, torch.Tensor):  # whose value may be looked at on the device only
+            check_clip(clip)
+        return clip
 
     def _entries(self) -> list[dict]:
         return list(self.opt.state.values())
@@ -317,6 +331,7 @@ class Plan:
                 formats = st.configured_formats(p, group, opt.rule_for(group))
                 check_sharded(describe(type(opt).__name__, tensor_id, p), p, opt.projection_for(p, group), formats)
             found.append((tensor_id, len(found), group_index, p, g))
+        check_distinct(type(opt).__name__, [(args[0], args[3]) for args in found])
         slots = [self._slot(opt, *args) for args in found]  # nothing is allocated before every tensor has passed
         self._make_sites(opt, slots)
         asked = select.requested(opt.backend_for_step())
@@ -347,6 +362,7 @@ class Plan:
         wanted = st.configured_formats(p, group, rule, likes)
         owner, p = p, local(p)
         likes = [p if like is owner else like for like in likes]
+        check_states(type(opt).__name__, tensor_id, p, entry, rule, {} if projection is None else projection.tensors(p))
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
         work_param = storage(p) if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
@@ -380,6 +396,13 @@ class Plan:
             ) from None
         slot.key = key._replace(backend=name)
 
+    def _param_facts(self) -> list[tuple]:
+        """Addresses and layouts of the parameters, which a plan depends on."""
+        mine = self.live_params
+        if not self.plain:
+            mine = [storage(local(p)) for p in mine]
+        return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in mine]
+
     def still_valid(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
         """Whether everything this plan was built from is unchanged; also takes note of the gradients' addresses."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
@@ -391,12 +414,9 @@ class Plan:
             pointers = [g.data_ptr() for g in live]
         except RuntimeError:  # a sparse gradient has no storage: the new plan refuses it
             return False
-        if [g.stride() for g in live] != self.grad_strides or [g.dtype for g in live] != self.grad_dtypes:
+        if [(g.dtype, g.stride()) for g in live] != self.grad_facts:
             return False
-        mine = self.live_params
-        if [storage(local(p)).data_ptr() for p in mine] != self.param_pointers or [
-            p.shape for p in mine
-        ] != self.shapes:
+        if self._param_facts() != self.param_facts:
             return False
         entries = self._entries()
         if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
@@ -426,8 +446,14 @@ class Plan:
         for slot in self.gapped:
             slot.work_param.copy_(slot.param)
         pointers = [g.data_ptr() for g in grads]
+        for i, device in enumerate(self.devices):
+            try:
+                device.advance(opt.param_groups)
+            except Exception:
+                for counted in self.devices[:i]:
+                    counted.count(-1)
+                raise
         for device in self.devices:
-            device.advance(opt.param_groups)
             device.set_amp(grad_scale, found_inf)
             for bucket in (*device.buckets, *device.wholes):
                 bucket.set_gradients(grads, pointers, device.upload)

@@ -17,6 +17,7 @@ from fusedopt.measures import needs_all_gradients
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.parts import Parts
 from fusedopt.projections.base import check_choice, check_positive_int
+from fusedopt.states import undisturbed
 from fusedopt.transforms.base import check_none, check_parts, widened
 
 COLLECT = 1 << 20  # bytes: below this, a launch of its own costs more time than the memory is worth
@@ -103,6 +104,7 @@ class ReleasedGradients:
         self.limit = max(self._largest, self._collect)
         self._after = {i: i - 1 for i in range(1, len(params))}  # before the first backward pass: the last layer first
 
+    @undisturbed
     @torch.no_grad()
     def _arrive(self, p: torch.Tensor) -> None:
         """Autograd has accumulated the gradient of a parameter."""
@@ -257,6 +259,7 @@ class ReleasedGradients:
 
     # A step ends
 
+    @undisturbed
     @torch.no_grad()
     def finish(self) -> None:
         """What opt.step() does: steps parameters whose gradients no hook has seen, and opens the next step. Called by it."""
@@ -348,7 +351,12 @@ def _check_model(model: torch.nn.Module, opt: FusedOptimizer) -> None:
                 f"release_gradients: {f'module {name!r} of the model' if name else 'the model'} is a {kind}, which reduces "
                 "gradients over processes after they would have been used. Train one process, or step in opt.step()."
             )
-    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+    mine = [p for group in opt.param_groups for p in group["params"]]
+    if not {id(p) for p in mine} & {id(p) for p in model.parameters()}:
+        raise ValueError(
+            f"release_gradients: the model has no parameter of this {type(opt).__name__}. Pass the module that it steps."
+        )
+    for i, p in enumerate(mine):
         if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
             raise ValueError(
                 f"{describe(type(opt).__name__, i, p)} is a DTensor: its gradient is reduced over processes after the backward "

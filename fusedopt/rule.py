@@ -212,6 +212,11 @@ def list_rules() -> list[str]:
     return sorted(name for name, rule in _rules.items() if not rule.internal)
 
 
+def known_states() -> set[str]:
+    """Names of the states that any rule keeps."""
+    return {state.name for rule in _rules.values() for state in rule.states}
+
+
 def optimizers() -> dict[str, Any]:
     """Optimizer classes by the name that `fusedopt.create` takes."""
     return dict(_optimizers)

@@ -7,10 +7,12 @@ neighbours in memory into a byte.
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 
 from fusedopt.formats import BF16, FP32, Format, get_format, list_formats
-from fusedopt.memory import empty_like, flat
+from fusedopt.memory import empty_like, flat, is_dense
 from fusedopt.rule import Rule, State
 
 STORAGE_OPTIONS = ("state_format", "param_precision", "projection", "min_quantized_numel")
@@ -20,6 +22,22 @@ WIDE = (
     "Leave it out of the dict."
 )
 OWN_OPTIONS = (*STORAGE_OPTIONS, "seed", "transform_gradients")
+
+
+def undisturbed(method):
+    """Wraps a method that makes states and tables: under torch.inference_mode they would be tensors that no later step may
+    change, and after torch.set_default_device those of the host would lie elsewhere."""
+
+    @wraps(method)
+    def wrapped(*args, **kwargs):
+        redirected = torch._C._len_torch_function_stack() > 0  # default devices are modes; asking for theirs takes 5 us
+        if not redirected and not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        grad = torch.is_grad_enabled()  # inference_mode(False) turns it on
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.device("cpu"):
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 def override(target, **options) -> None:
@@ -110,10 +128,11 @@ def blockwise() -> list[Format]:
 
 
 def stored_shape(form: Format, p: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a stored state: p's; packed, its last dimension is halved where that is whole bytes, else it is flat."""
+    """The shape of a stored state: p's; packed, its last dimension is halved where that is whole bytes, else it is flat. A
+    view with gaps has the states of a contiguous tensor."""
     if form.bits >= 8:
         return tuple(p.shape)
-    if p.dim() and p.is_contiguous() and p.shape[-1] % 2 == 0:
+    if p.dim() and (p.is_contiguous() or not is_dense(p)) and p.shape[-1] % 2 == 0:
         return (*p.shape[:-1], p.shape[-1] // 2)
     return (form.stored_count(p.numel()),)
 

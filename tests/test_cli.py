@@ -415,7 +415,7 @@ def test_the_demo_projects_the_matrices_of_blocks(name, tied):
     assert all(group["lr"] == 1e-3 for group in others) and blocks["lr"] == ratio * 1e-3
     assert sorted(g["weight_decay"] * g["lr"] for g in opt.param_groups) == pytest.approx([0.0, 1e-4, 1e-4])
     assert getattr(method, "rank", 8) == (1 if method.name == "apollo_mini" else 8)
-    assert getattr(method, "update_every", 3) == (1 if method.name == "dct" else 3)
+    assert method.update_every in (None, 1 if method.name == "dct" else 3)
 
 
 def test_a_ratio_and_options_replace_the_recipe():

@@ -1,5 +1,6 @@
 """Muon: Newton-Schulz, which parameters it takes, torch.optim.Muon, storage. Long, skipped and resumed runs: test_matrix_rules."""
 
+import copy
 import json
 
 import pytest
@@ -208,6 +209,38 @@ def test_loads_torchs_state():
             o.step()
     for p, q in zip(one, two, strict=True):
         torch.testing.assert_close(p, q, rtol=0.02, atol=2e-3)
+
+
+@needs_torch_muon
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_gives_torch_its_state(form):
+    """State dicts in torch's form go on in torch.optim.Muon; with rates by noise, or a projection, there is no such form."""
+    one, two = parameters(*SHAPES[:3]), parameters(*SHAPES[:3])
+    opt = fusedopt.Muon(one, lr=0.02, state_format=form, min_quantized_numel=0)
+    for step in range(3):
+        set_grads(one, step)
+        opt.step()
+    for p, q in zip(one, two, strict=True):
+        q.data.copy_(p.data)
+    theirs = torch.optim.Muon(two, lr=0.5)
+    given = copy.deepcopy(opt.state_dict(format="torch"))  # torch.optim takes tensors as they are
+    assert all(set(entry) <= {"step", "momentum_buffer"} for entry in given["state"].values())
+    theirs.load_state_dict(given)
+    assert theirs.param_groups[0]["lr"] == 0.02
+    for p, q in zip(one, two, strict=True):
+        assert theirs.state[q]["momentum_buffer"].dtype == torch.float32
+        assert form != "fp32" or torch.equal(theirs.state[q]["momentum_buffer"], opt.state[p]["momentum_buffer"])
+    begun = [p.detach().clone() for p in one]
+    for step in range(3, 6):
+        for ps, o in ((one, opt), (two, theirs)):
+            set_grads(ps, step)
+            o.step()
+    for p, q, start in zip(one, two, begun, strict=True):  # bf16 products: a percent or two of the way gone
+        assert (p - q).norm() < (0.01 if form == "fp32" else 0.05) * (p - start).norm()
+    noisy = fusedopt.Muon(one, lr=0.02, noise_rates=(1.0, 0.9))
+    noisy.step()
+    with pytest.raises(ValueError, match="no torch.optim form"):
+        noisy.state_dict(format="torch")
 
 
 def test_schedulers_reach_both_groups():

@@ -35,7 +35,8 @@ def _files(path: str | None) -> tuple[str, list[Path]]:
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
         found = [f for f in root.rglob("*.py") if _SKIP.isdisjoint(f.relative_to(root).parts)]
-        return f"Python's standard library ({root})", sorted(found, key=lambda f: f.relative_to(root).as_posix())
+        name = f"Python's standard library ({sysconfig.get_python_version()})"
+        return name, sorted(found, key=lambda f: f.relative_to(root).as_posix())
     given = Path(path)
     if not given.exists():
         raise UsageError(f"--text {path}: no such file or folder")

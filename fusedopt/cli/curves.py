@@ -29,10 +29,10 @@ def plot(runs: list[Run], title: str, path: str) -> None:
     width = max(1, len(runs[0].losses) // 20)
     for i, run in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
-        # The baseline is a wide pale band, so that a run on top of it stays visible together with it.
-        style = {"lw": 6, "alpha": 0.25} if i == 0 else {"lw": 1.6}
+        # The baseline is a wide pale band and each run narrower than the last, so that curves on top of each other all show.
+        style = {"lw": 7, "alpha": 0.25} if i == 0 else {"lw": max(1.3, 4.2 - 1.2 * i)}
         left.plot(range(1, len(run.losses) + 1), smooth(run.losses, width), color=colour, label=run.label, **style)
-        size = {"s": 110, "alpha": 0.35} if i == 0 else {"s": 26}
+        size = {"s": 130, "alpha": 0.35} if i == 0 else {"s": max(20, 90 - 32 * i)}
         left.scatter(*zip(*run.held_out, strict=True), color=colour, marker="D", zorder=3, linewidths=0, **size)
     left.scatter([], [], color="#777777", marker="D", s=26, label="held-out loss")
     left.set_xlabel("step")

@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, records())
         return 0
     if args.stub is not None:
+        if not args.stub.parent.is_dir():
+            raise UsageError(f"{args.stub.parent}: there is no such folder")
         args.stub.write_text(stub())
         return 0
     if args.readme is None:

@@ -46,6 +46,8 @@ class Projection:
     name: ClassVar[str]
     site: ClassVar[type]
     turns = False  # whether tensors change their rule from time to time: `turn` is called before each step
+    gathers: ClassVar[bool] = False  # whether it steps sharded matrices (DTensor), which it gathers
+    update_every = None  # steps between refreshes, a field of those that have some
     compares: ClassVar[bool] = False  # whether tensors' steps depend on each other's gradients
     low_rank_gradient: ClassVar[bool] = False  # R is all that a step needs of a gradient: projected_linear takes it
 
@@ -268,7 +270,7 @@ class Site:
 
     def due(self, step: int) -> bool:
         """Whether the projector is refreshed at a step."""
-        return due(self.projection, self.place, step)
+        return self.projection.update_every is not None and due(self.projection, self.place, step)
 
     def refreshes(self, step: int, steps) -> bool:
         """Whether the projector is refreshed now. Where a step may be skipped on the device (found_inf), a refresh asks the

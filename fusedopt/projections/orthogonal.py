@@ -1,6 +1,8 @@
 """Steps of matrices along the orthogonal factor of their momentum (Muon): the rule's direction, Newton-Schulz, the update.
 
-Not a subspace: states have the parameter's shape. On a GPU matrices of one shape go through the iteration together.
+Not a subspace: states have the parameter's shape. On a GPU matrices of one shape go through the iteration together. Of a
+sharded matrix (DTensor) each process makes the direction of its shard; these are gathered, every process takes the whole through
+the iteration, with the same bits, and steps its shard.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from fusedopt.abi import Phase
+from fusedopt.distributed import Sharding, is_dtensor
 from fusedopt.newton_schulz import Coefficients, orthogonalize
 from fusedopt.noise_rates import NoiseRates, layer_rates
 from fusedopt.projections import base, ops
@@ -28,7 +31,7 @@ class Batch:
     """Slots whose matrices have one shape. Each pass over them fills a stack; its last slot has all of them handled."""
 
     def __init__(self, site: OrthogonalSite):
-        self.shape, self.dtype, self.projection = site.shape, site.direction_dtype, site.projection
+        self.shape, self.dtype, self.projection = site.whole, site.direction_dtype, site.projection
         self.slots: list = []
         self.grads: list[torch.Tensor] = []
         self.stack: torch.Tensor | None = None
@@ -73,22 +76,33 @@ class NoiseGroup:
 
 
 class OrthogonalSite(FullSite):
-    """One matrix of Muon. `scale` is what its orthogonal factor is multiplied by, beside the learning rate."""
+    """One matrix of Muon. `scale` is what its orthogonal factor is multiplied by, beside the learning rate; `whole` the shape of
+    the matrix, of which a shard has `shape`."""
 
     momentum_rule = "muon"  # the direction whose orthogonal factor is taken
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
-        self.scale = projection.scale_for(p.shape)
+        self.sharding: Sharding | None = None
+        self.whole = self.shape
         self.direction_dtype = torch.float64 if self.dtype == torch.float64 else DTYPES[projection.dtype]
         self.launches: dict[str, PieceLaunch] = {}
 
+    def shape_of(self, p):
+        return base.matrix_shape(p) or (0, 0)  # a shard may be empty
+
     def bind(self, slot, steps) -> None:
+        if is_dtensor(slot.owner):
+            self.sharding = Sharding(slot.owner)
+            self.shape, self.whole = self.sharding.local_matrix, self.sharding.matrix
+            self.room = max(self.room, slot.param.numel())
+        rows = slot.owner.shape[0]  # of a transposed matrix not the first of `whole`
+        self.scale = self.projection.scale_for((rows, self.whole[0] * self.whole[1] // rows))
         self.pieces = self.pieces_of(slot, steps, self.shape)
-        key = ("orthogonal", self.shape, self.direction_dtype, self.projection)
+        key = ("orthogonal", self.whole, self.direction_dtype, self.projection)
         batch = steps.shared.get(key)
         most = CPU_TOGETHER if slot.param.device.type == "cpu" else TOGETHER
-        if batch is None or batch.room() + self.shape[0] * self.shape[1] > most:
+        if batch is None or batch.room() + self.whole[0] * self.whole[1] > most:
             batch = steps.shared[key] = Batch(self)
         batch.slots.append(slot)
         self.batch, self.full_room = batch, batch.room()
@@ -99,8 +113,12 @@ class OrthogonalSite(FullSite):
 
     def launch(self, name: str, slot, steps, grad: torch.Tensor, target: torch.Tensor, row: int, *, own: bool,
                clip: torch.Tensor | None = None) -> None:  # fmt: skip
-        """One pass of the rule `name` over a gradient into a buffer that lives as long as the plan. own: the gradient is the
-        parameter's, still to be unscaled and clipped; else `clip`, fp32 [1], multiplies it."""
+        """One pass of the rule `name` over a gradient into a buffer for the whole matrix, which lives as long as the plan. own: the
+        gradient is the parameter's, still to be unscaled and clipped; else a whole matrix, which `clip`, fp32 [1], multiplies."""
+        whole = target
+        if self.sharding is not None:
+            target = steps.scratch(2, slot.param.numel(), whole.dtype)  # 0 is the stack, 1 a site's own
+            grad = grad if own else self.sharding.part(grad)
         if name not in self.launches:
             rule = get_rule(name)
             states = [self.stored(slot, state) for state in rule.state_names]
@@ -110,6 +128,16 @@ class OrthogonalSite(FullSite):
         launch.use(grad, steps.scale if own else None, steps.clip if own else clip, steps.found)
         for i in range(len(self.pieces.pieces)):
             launch.run(i)
+        if self.sharding is not None:
+            self.sharding.gather(target, whole)
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """Of a whole matrix what belongs to this process's parameter."""
+        return whole if self.sharding is None else self.sharding.part(whole)
+
+    def stream(self, tensor_id: int) -> int:
+        """The tensor's number as its random bits see it: shards have bits of their own."""
+        return tensor_id if self.sharding is None else tensor_id + (self.sharding.number % 128 << 24)
 
     def direct(self, slot, steps, grad: torch.Tensor, target: torch.Tensor) -> None:
         """Fills `target` with what becomes orthogonal, and updates the momentum."""
@@ -130,11 +158,12 @@ class OrthogonalSite(FullSite):
         states = [t for name in slot.rule.state_names for t in self.stored(slot, name)[:2]]
         size = slot.param.numel()
         momentum = size * (slot.grad_dtype.itemsize + self.direction_dtype.itemsize) + 2 * base.nbytes(*states)
+        whole = self.whole[0] * self.whole[1]
         products = 3 * len(self.projection.coefficients) * (1 if self.projection.noise is None else 2)
         update = size * self.direction_dtype.itemsize + sum(base.weight_bytes(slot))
         return [
             base.Operation("momentum", momentum),
-            base.Operation("Newton-Schulz", products * 2 * size * self.direction_dtype.itemsize),
+            base.Operation("Newton-Schulz", products * 2 * whole * self.direction_dtype.itemsize),
             base.Operation("update", update),
         ]
 
@@ -151,10 +180,14 @@ def step_together(batch: Batch, steps) -> None:
         wide = torch.float64 if batch.dtype == torch.float64 else torch.float32
         numbers = numbers.to(wide).view(-1, 1).expand(-1, batch.shape[0]).contiguous()
     for i, (slot, factor) in enumerate(zip(batch.slots, factors, strict=True)):
-        row_factor = None if numbers is None else numbers[i]
+        if not slot.param.numel():
+            continue
+        site = slot.site
+        row_factor = None if numbers is None else numbers[i, : site.shape[0]]
         work = replace(
-            steps.work(slot, factor), grad_scale=None, clip=None, scale=slot.site.scale, row_factor=row_factor
-        )
+            steps.work(slot, site.part(factor)), grad_scale=None, clip=None, scale=site.scale, row_factor=row_factor,
+            tensor_id=site.stream(slot.tensor_id),
+        )  # fmt: skip
         ops.apply(slot.key.backend, work)
 
 
@@ -187,6 +220,7 @@ class Orthogonal(base.Projection):
 
     name: ClassVar[str] = "orthogonal"
     site: ClassVar[type] = OrthogonalSite
+    gathers: ClassVar[bool] = True
 
     coefficients: Coefficients
     eps: float = 1e-7
@@ -201,9 +235,8 @@ class Orthogonal(base.Projection):
     def refuses(self, p):
         return None if base.matrix_shape(p) is not None else f"{p.dim()}-D tensors are no matrices"
 
-    def scale_for(self, shape: torch.Size) -> float:
-        rows = shape[0]
-        cols = shape.numel() // rows
+    def scale_for(self, shape: tuple[int, int]) -> float:
+        rows, cols = shape
         if self.adjust == "original":
             return max(1.0, rows / cols) ** 0.5
         if self.adjust == "match_rms_adamw":

@@ -57,7 +57,7 @@ class Pieces:
         rows, cols = shape
         n = rows * cols
         self.whole = backend == "reference"  # it steps whole tensors, and is not meant to save memory
-        size = n if self.whole else self._size(n, cols, max(n, largest), whole_rows)
+        size = n if self.whole or not n else self._size(n, cols, max(n, largest), whole_rows)
         starts = range(0, n, size) if n else ()
         self.pieces = [Piece(a, min(a + size, n), a // cols, -(-min(a + size, n) // cols)) for a in starts]
         self.room = max(((p.stop - p.row) * cols for p in self.pieces), default=0) + PAD

@@ -68,10 +68,21 @@ class ProjectedSteps:
     def before(self, grads: list[torch.Tensor]) -> None:
         """Fills the low-rank gradients. grads: of all slots, by position."""
         for slot in self.slots:
+            self._count(slot)
+        for slot in self.slots:
             if slot.source is None:
                 slot.site.before(slot.site.matrix(grads[slot.position]), self.step_of(slot), slot, self)
             else:
                 slot.source.before(slot, self.step_of(slot), self)
+
+    def _count(self, slot) -> None:
+        """Where steps may have been skipped on the device, takes the count from there as soon as the host's would refresh: that one
+        is never behind, so no refresh is missed, and schedules are those of a run without the skipped steps."""
+        row = self.scalars.rows[slot.row]
+        if not row.uncertain or row.view.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if slot.site.owed or slot.site.due(row.step):
+            row.step, row.uncertain = int(row.view), False
 
     def after(self, grads: list[torch.Tensor]) -> None:
         """Updates the parameters from the low-rank directions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedopt.kernels.arithmetic import div
 from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_betas, check_nonnegative
@@ -40,7 +41,7 @@ def moments(g, exp_avg, exp_avg_sq, c):
 
 @jit
 def ratio(exp_avg, second, c):
-    return exp_avg * tl.load(c + 4) / (tl.sqrt(second) * tl.load(c + 5) + tl.load(c + 6))
+    return div(exp_avg * tl.load(c + 4), tl.sqrt(second) * tl.load(c + 5) + tl.load(c + 6))
 
 
 @jit

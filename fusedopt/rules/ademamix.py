@@ -91,11 +91,9 @@ class AdEMAMix(FusedOptimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
                  eps=1e-8, weight_decay=0.0, **options):  # fmt: skip
-        check_betas(betas, options)
+        check_betas(betas, options, 3)
         check_nonnegative(eps, "epsilon value")
         check_nonnegative(alpha, "alpha value")
-        if len(betas) != 3:
-            raise ValueError(f"Invalid betas: {betas}; AdEMAMix takes three")
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "beta3_warmup": beta3_warmup, "eps": eps}
         defaults |= {"alpha_warmup": alpha_warmup, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)

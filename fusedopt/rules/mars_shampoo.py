@@ -44,10 +44,10 @@ class MarsShampooSite(OrthogonalSite):
 
     def bind(self, slot, steps) -> None:
         super().bind(slot, steps)
-        self.room = max(self.room, self.shape[0] * self.shape[1])
+        self.room = max(self.room, self.whole[0] * self.whole[1])
 
     def direct(self, slot, steps, grad, target) -> None:
-        corrected = steps.scratch(1, self.shape[0] * self.shape[1], self.dtype).view(self.shape)
+        corrected = steps.scratch(1, self.whole[0] * self.whole[1], self.dtype).view(self.whole)
         self.launch("mars_corrected", slot, steps, grad, corrected, slot.row, own=True)
         norm = torch.linalg.vector_norm(corrected)
         shrink = (1 / norm.clamp(min=1.0)).view(1)

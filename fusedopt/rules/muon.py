@@ -78,9 +78,10 @@ class Muon(MatrixOrAdam):
         adam_lr: learning rate of AdamW's groups; None for lr. adam_betas, adam_eps: theirs.
         noise_rates: None, or (alpha, beta2) of learning rates by the noise of each matrix's gradient, as in `LANTON`.
         **options: shared options, see `FusedOptimizer`; state_format is that of the momentum and of AdamW's moments. No other
-            projection, differentiable=True or DTensor.
+            projection or differentiable=True.
 
-    A group of both kinds of tensors becomes two. Convolution weights (out, in, h, w) are matrices [out, in h w].
+    A group of both kinds of tensors becomes two. Convolution weights (out, in, h, w) are matrices [out, in h w]. Of sharded
+    matrices (DTensor) the direction is gathered, every process takes it through the iteration, and steps its shard.
     Matrices of one shape go through the iteration together, up to 2^26 elements of them (on the CPU one by one): that takes four
     times their size in ns_dtype. On GPUs with Triton the products are kernels that make one triangle of a symmetric result.
 

@@ -304,10 +304,11 @@ class StableDecay(Transform):
 
     def ready(self, batches: list[Batch]) -> None:
         for slot in (s for batch in batches for s in batch.slots):
-            if slot.site is not None or "exp_avg_sq" not in slot.rule.state_names:
+            group = batches[0].opt.param_groups[slot.group]
+            if slot.site is not None or "exp_avg_sq" not in slot.rule.state_names or "betas" not in group:
                 raise ValueError(
-                    f"StableDecay: rule {slot.rule.name!r} keeps no full exp_avg_sq of parameter {slot.tensor_id}. Use Adam, AdamW "
-                    "or another rule with second moments, without projection."
+                    f"StableDecay: rule {slot.rule.name!r} keeps no full exp_avg_sq of parameter {slot.tensor_id} by betas. Use "
+                    "Adam, AdamW or another rule with second moments, without projection."
                 )
 
     def before(self, batches: list[Batch]) -> None:
