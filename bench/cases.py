@@ -111,7 +111,9 @@ MODELS: dict[str, tuple[Callable[[int], Shapes], int]] = {
     "llama2_7b": (llama(32000, 11008, 4096), 32),
     "llama3_8b": (llama(128256, 14336, 1024), 32),
 }
-DEFAULT = ("one_large", "mixed_400", "tiny_1000", "gpt2_124m", "gpt2_124m:bf16")
+DEFAULT = (
+    "one_large", "mixed_400", "tiny_1000", "gpt2_124m", "gpt2_124m:bf16", "bert_large", "llama3_1b:bf16",
+)  # fmt: skip
 
 
 def select(specs: list[str] | tuple[str, ...]) -> list[Case]:

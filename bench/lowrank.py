@@ -31,6 +31,7 @@ SCHEMA = 1
 PARTS = ("step", "refresh", "stagger", "state", "extra", "linear")
 CPU = torch.device("cpu")
 OPTIONS = {"lr": 1e-4, "weight_decay": 1e-2}
+OVERSAMPLE = 8  # columns of the range finder beside the rank's
 NEVER = 10**9  # steps between refreshes where none shall fall into the measurement
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -49,17 +50,18 @@ def seconds(work) -> float:
     return time.perf_counter() - start
 
 
-def allocated_peak(work) -> int:
-    """By how many bytes torch's CPU allocations rise during work(). (The kernel's peak of resident memory is not there
-    under every container.)"""
+def allocated_peak(work, apart=lambda size: False) -> tuple[int, int]:
+    """By how many bytes torch's CPU allocations rise during work(), all of them and those of which apart(bytes) is false.
+    (The kernel's peak of resident memory is not there under every container.)"""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
+    now, peaks = [0, 0], [0, 0]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        for i in range(1 + (not apart(abs(event.nbytes())))):
+            now[i] += event.nbytes()
+            peaks[i] = max(peaks[i], now[i])
+    return peaks[0], peaks[1]
 
 
 def decaying(shape: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -117,6 +119,24 @@ def galore(form: str = "fp32", precision: str = "nearest"):
     return make
 
 
+class Products:
+    """What no step can do without: the products down to the rank and back, by torch.mm, and nothing else."""
+
+    def __init__(self, p: torch.nn.Parameter, rank: int):
+        left = p.shape[0] < p.shape[1]
+        self.p, self.basis = p, torch.randn(rank, min(p.shape)).to(p.dtype)
+        self.basis = self.basis.t().contiguous() if left else self.basis
+        self.out, self.left = torch.empty_like(p), left
+
+    def step(self) -> None:
+        g, basis = self.p.grad, self.basis
+        if self.left:
+            torch.mm(basis, basis.t() @ g, out=self.out)
+        else:
+            torch.mm(g @ basis.t(), basis, out=self.out)
+
+
+MEDIUM = ", medium"  # with torch.set_float32_matmul_precision("medium"): factors of products in bf16
 CONTENDERS = {
     "torch/adamw/fused": lambda p, rank: torch.optim.AdamW([p], fused=True, **OPTIONS),
     "fusedopt/adamw": lambda p, rank: fusedopt.AdamW([p], **OPTIONS),
@@ -124,7 +144,23 @@ CONTENDERS = {
     "fusedopt/galore_adamw8bit": galore("int8"),
     "fusedopt/galore_adamw+sr": galore(precision="stochastic"),
     "galore-torch/galore_adamw": galore_torch,
+    "torch.mm, the products alone": Products,
 }
+CONTENDERS |= {name + MEDIUM: CONTENDERS[name] for name in list(CONTENDERS) if "galore" in name or "products" in name}
+
+
+def suits(name: str, dtype: torch.dtype) -> bool:
+    """Whether a contender says something about a dtype: bf16 has the rounding, fp32 the choice of precision."""
+    return not (name.endswith("+sr") if dtype == torch.float32 else name.endswith(MEDIUM)) and "+sr," not in name
+
+
+def timed(name: str, work) -> float:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if name.endswith(MEDIUM) else "highest")
+    try:
+        return seconds(work)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def step_times(shapes, rank: int, rounds: int) -> list[dict]:
@@ -134,7 +170,7 @@ def step_times(shapes, rank: int, rounds: int) -> list[dict]:
             grads = [torch.randn(shape).mul_(1e-3).to(dtype) for _ in range(2)]
             runs, skipped = {}, {}
             for name, make in CONTENDERS.items():
-                if name.endswith("+sr") and dtype == torch.float32:
+                if not suits(name, dtype):
                     continue
                 p = torch.nn.Parameter(torch.randn(shape).mul_(0.02).to(dtype))
                 try:
@@ -144,7 +180,7 @@ def step_times(shapes, rank: int, rounds: int) -> list[dict]:
                     continue
                 for g in grads:
                     p.grad = g
-                    opt.step()
+                    timed(name, opt.step)
                 runs[name] = (p, opt, [])
             gc.collect()
             for index in range(rounds):
@@ -152,7 +188,7 @@ def step_times(shapes, rank: int, rounds: int) -> list[dict]:
                 for name in names[index % len(names) :] + names[: index % len(names)]:
                     p, opt, times = runs[name]
                     p.grad = grads[index % 2]
-                    times.append(seconds(opt.step))
+                    times.append(timed(name, opt.step))
             base = runs["torch/adamw/fused"][2]
             for name, (_, _, times) in runs.items():
                 records.append({
@@ -292,20 +328,27 @@ def state_bytes(shape, rank: int) -> list[dict]:
 
 
 def extra_memory(shape, rank: int) -> list[dict]:
-    """How far allocations rise during a step, as a share of the parameter. Buffers that stay are made in the first step."""
+    """How far allocations rise during a step, as a share of the parameter, with the low-rank buffers (rank numbers, or rank and
+    a few, for each row or column, in 1 to 8 bytes) and without. Buffers that stay are made in the first step."""
     records = []
+
+    def low_rank(size: int) -> bool:
+        numbers = [size / (side * width) for side in shape for width in (1, 2, 4, 8)]
+        return any(n.is_integer() and rank <= n <= rank + OVERSAMPLE for n in numbers)
+
     names = {"galore_adamw": {"update_every": 3}, "galore_adamw8bit": {"update_every": 3}}
     for dtype, dtype_name in NAMES.items():
         for name, options in names.items():
             p, opt = _one_matrix(name, shape, dtype, rank=rank, **options)
             found = {}
             for what in ("between refreshes", "between refreshes", "refresh"):
-                found[what] = allocated_peak(opt.step)
+                found[what] = allocated_peak(opt.step, apart=low_rank)
             size = p.numel() * p.element_size()
-            for what, extra in found.items():
+            for what, (extra, beyond) in found.items():
                 records.append({
                     "name": name, "what": what, "shape": list(shape), "dtype": dtype_name, "rank": rank,
-                    "bytes": extra, "share_of_parameter": extra / size,
+                    "bytes": extra, "share_of_parameter": extra / size, "beyond_low_rank_bytes": beyond,
+                    "beyond_low_rank_share": beyond / size,
                 })  # fmt: skip
     return records
 
@@ -327,7 +370,7 @@ def linear_memory(size: int, layers: int, rank: int, tokens: int) -> list[dict]:
             opt.zero_grad()
 
         for _ in range(3):  # the first one makes the states, and refreshes
-            peaks.append(allocated_peak(train))
+            peaks.append(allocated_peak(train)[0])
         predicted = layers * 4 * size * (rank if handle else size)
         records.append({
             "name": way, "layers": layers, "size": size, "rank": rank, "tokens": tokens, "gradient_bytes": alive[-1],

@@ -52,7 +52,7 @@ def measure(layers: int, divisor: int, rounds: int) -> list[dict]:
     for name, opt in opts.items():
         opt.step()  # states and buffers
         gc.collect()
-        peaks[name] = allocated_peak(opt.step)
+        peaks[name] = allocated_peak(opt.step)[0]
     for _ in range(rounds):
         for name, opt in opts.items():
             times[name].append(seconds(opt.step))

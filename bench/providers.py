@@ -32,8 +32,9 @@ class Provider:
     """An optimizer to measure.
 
     make(params) -> optimizer. states: number of state tensors. width: bytes per element of a state, or None for the
-    parameter's own. module: what must be importable. backend: ours, by name. temporary: bytes per element that a step
-    allocates for its duration (for the memory guard; the benchmark measures the true figure).
+    parameter's own. module: what must be importable. backend: ours, by name. temporary: bytes that a step allocates for
+    its duration per element of the largest tensor, or with `together` of all (for the memory guard; the benchmark measures
+    the true figure).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Provider:
     formats: tuple[str, ...] = ()
     precision: str = "nearest"
     temporary: float = 0.0
+    together: bool = False
 
     def state_bytes(self, case: Case) -> float:
         """Bytes of all states of a case."""
@@ -57,6 +59,9 @@ class Provider:
             small = sum(n for n in map(math.prod, case.shapes) if n < SMALL)
             return self.states * (4 * small + width * (case.elements - small))
         return self.states * width * case.elements
+
+    def temporary_bytes(self, case: Case) -> float:
+        return self.temporary * (case.elements if self.together else max(map(math.prod, case.shapes)))
 
     def step_bytes(self, case: Case, optimizer) -> float:
         """Bytes a step must move: ours from the plan, others' as a read of p, g and states and a write of p and states.
@@ -149,15 +154,16 @@ def _compiled(params):
 
 def _rivals() -> list[Provider]:
     adamw, fused, foreach = "AdamW", {"fused": True}, {"foreach": True}
-    one, two, many = {"temporary": 4.0}, {"temporary": 8.0}, {"temporary": 24.0}
+    whole, two, many = {"temporary": 4.0, "together": True}, {"temporary": 8.0}, {"temporary": 28.0}
+    four = {"temporary": 16.0}
     cpu, cuda = {"devices": ("cpu",)}, {"devices": ("cuda",)}
     return [
         _rival("torch/adamw/fused", "torch.optim", adamw, 2, None, fused),
-        _rival("torch/adamw/foreach", "torch.optim", adamw, 2, None, foreach, **one),
+        _rival("torch/adamw/foreach", "torch.optim", adamw, 2, None, foreach, **whole),
         _rival("torch/adamw/loop", "torch.optim", adamw, 2, None, {"foreach": False}, **two),
         Provider("torch/adamw/compile", "adamw", _compiled, 2, None, default=False, **two),
         _rival("torch/sgd/fused", "torch.optim", "SGD", 1, None, {"momentum": 0.9, **fused}),
-        _rival("torch/sgd/foreach", "torch.optim", "SGD", 1, None, {"momentum": 0.9, **foreach}, **one),
+        _rival("torch/sgd/foreach", "torch.optim", "SGD", 1, None, {"momentum": 0.9, **foreach}, **whole),
         _rival("bitsandbytes/adamw/fp32", "bitsandbytes.optim", "AdamW32bit", 2, 4.0, **many),
         _rival("bitsandbytes/adamw/int8", "bitsandbytes.optim", "AdamW8bit", 2, INT8, **many),
         _rival("bitsandbytes/lion/int8", "bitsandbytes.optim", "Lion8bit", 1, INT8, **many),
@@ -170,8 +176,8 @@ def _rivals() -> list[Provider]:
         _rival("apex/adamw/fused", "apex.optimizers", "FusedAdam", 2, 4.0, **cuda),
         _rival("lion_pytorch/lion/loop", "lion_pytorch", "Lion", 1, None, **two),
         _rival("lion_pytorch/lion/triton", "lion_pytorch", "Lion", 1, None, {"use_triton": True}, **cuda, **two),
-        _rival("pytorch_optimizer/lion/foreach", "pytorch_optimizer", "Lion", 1, None, foreach, **two),
-        _rival("pytorch_optimizer/lamb/loop", "pytorch_optimizer", "Lamb", 2, None, {"max_grad_norm": 0.0}, **two),
+        _rival("pytorch_optimizer/lion/foreach", "pytorch_optimizer", "Lion", 1, None, foreach, **four),
+        _rival("pytorch_optimizer/lamb/loop", "pytorch_optimizer", "Lamb", 2, None, {"max_grad_norm": 0.0}, **four),
         _rival("heavyball/adamw/compile", "heavyball", adamw, 2, None, default=False, **two),
         _rival("deepspeed/adamw/cpu", "deepspeed.ops.adam", "DeepSpeedCPUAdam", 2, 4.0, **cpu),
         _rival("deepspeed/lion/cpu", "deepspeed.ops.lion", "DeepSpeedCPULion", 1, 4.0, **cpu),

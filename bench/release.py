@@ -105,7 +105,7 @@ def memory(width: int, depth: int) -> list[dict]:
             handle = fusedopt.release_gradients(model, opt) if way == "released" else None
             for seed in range(3):
                 train(model, opt, seed)
-            peaks[way] = allocated_peak(lambda model=model, opt=opt: train(model, opt, 3))
+            peaks[way] = allocated_peak(lambda model=model, opt=opt: train(model, opt, 3))[0]
             launches = handle.launches if handle else launches
             weights[way] = [p.detach().clone() for p in model.parameters()]
             forward = sum(t.numel() * t.element_size() for t in saved_tensors(model))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bench import machine, run
 from bench.predict import result_files
-from bench.report_tables import SECTIONS, Results
+from bench.report_results import Results
+from bench.report_tables import SECTIONS
 from fusedopt.cli.table import replaced
 
 README, NOTES = machine.ROOT / "README.md", machine.ROOT / "bench" / "NOTES.md"

@@ -115,6 +115,9 @@ def draw(document: dict, path: Path) -> Path:
     last.grid(axis="x", alpha=0.25)
     last.set_title("after training", fontsize=9, loc="left")
     curves.set_title("held-out loss, nats per byte, by step", fontsize=9, loc="left")
+    curves.set_ylim(
+        0.95 * rules[0]["held_out"][-1][1], 1.15 * rules[0]["start"]
+    )  # one rule's leap would flatten the others
     curves.grid(alpha=0.25)
     for axes in (curves, last):
         axes.spines[["top", "right"]].set_visible(False)

@@ -25,11 +25,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 QUICK = ("one_large", "mixed_400", "tiny_1000")
 WARM_UP = 3
 MAX_SETS = 3  # copies of parameters and gradients to cycle through
+CHANGING = ("date", "load_average")  # of the machine's stamp, from one run to the next
 FIT = 0.85  # share of the free memory that a case may take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--case", action="append", metavar="GLOB", help="NAME[@LAYERS][:DTYPE], may be repeated")
+    known = f"NAME[@LAYERS][:DTYPE], may be repeated; {', '.join(cases.DEFAULT)} (low-rank layers: bench lowrank)"
+    parser.add_argument("--case", action="append", metavar="GLOB", help=known)
     parser.add_argument("--provider", action="append", metavar="GLOB", help="may be repeated; baselines always run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="12, with --quick 5")
@@ -40,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: to try the tool")
     parser.add_argument("--list", action="store_true", help="list cases and providers, measure nothing")
     parser.add_argument("--out", type=Path, help="a .json file or a folder; bench/results by default")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the file of --out: its cases are not measured again (it is written after every case)",
+    )
 
 
 @dataclass
@@ -142,17 +149,27 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3}
 
 
+def gradient_sets(sets: int) -> int:
+    """Sets of gradients beside so many sets of parameters: two at least, for other addresses at every step."""
+    return max(2, sets)
+
+
+def working_set(case, members, sets: int) -> float:
+    """Bytes that a group of providers holds: parameters and states of each, and the gradients of all."""
+    held = sum(case.parameter_bytes + m.state_bytes(case) for m in members)
+    return sets * held + gradient_sets(sets) * case.gradient_bytes
+
+
 def grouping(case, chosen, free: float) -> tuple[list[list], int, dict[str, str]]:
     """Splits providers into groups that fit `free` bytes together, each with the baselines of its members.
 
-    Returns (groups, sets of parameters and gradients, reasons of those that do not fit even alone).
+    Returns (groups, sets of parameters and states, reasons of those that do not fit even alone).
     """
     if not chosen:
         return [], 1, {}
 
     def cost(members, sets: int) -> float:
-        held = sum(case.parameter_bytes + m.state_bytes(case) for m in members)
-        return sets * (held + case.gradient_bytes) + max(m.temporary for m in members) * case.elements
+        return working_set(case, members, sets) + max(m.temporary_bytes(case) for m in members)
 
     for sets in range(MAX_SETS, 0, -1):
         if cost(chosen, sets) <= free:
@@ -204,7 +221,7 @@ def summary(contender: Contender, base: Contender | None, case, copies: list[flo
 
 def run_group(case, device, group, sets, rounds, probe, tick) -> tuple[list[dict], dict]:
     """Measures one group of providers; returns their records and the bandwidths."""
-    arena = Arena(case, device, max(2, sets))
+    arena = Arena(case, device, gradient_sets(sets))
     contenders, records = [], []
     for provider in group:
         try:
@@ -227,11 +244,10 @@ def run_group(case, device, group, sets, rounds, probe, tick) -> tuple[list[dict
         gc.enable()
     by_name = {c.provider.name: c for c in contenders}
     records += [summary(c, by_name.get(providers.baseline(c.provider.rule)), case, copies, streams) for c in contenders]
-    held = sum(p.state_bytes(case) + case.parameter_bytes for p in group)
     info = {
         "copy_gb_per_s": quartiles([c / 1e9 for c in copies]),
         "stream_gb_per_s": quartiles([s / 1e9 for s in streams]),
-        "working_set_bytes": sets * held + len(arena.gradients) * case.gradient_bytes,
+        "working_set_bytes": working_set(case, group, sets),
     }
     return records, info
 
@@ -254,6 +270,7 @@ def run_case(case, device, chosen, rounds, probe, tick=lambda: None) -> dict:
     infos = []
     for group in groups:
         done, info = run_group(case, device, group, sets, rounds, probe, tick)
+        done = [{**r, "group": len(infos)} for r in done]
         known = {r["provider"] for r in records}
         records += [r for r in done if r["provider"] not in known]  # a baseline keeps the figures of its first group
         infos.append(info)
@@ -283,17 +300,44 @@ def progress(total: int):
     return lambda: bar.update(1) if bar.n + 1 < total else bar.close()
 
 
-def measure(chosen_cases, chosen, device: torch.device, rounds: int, probe_bytes: int, show=print) -> dict:
-    """All cases; returns the JSON document. show(text) gets each case's table as it is done."""
-    document = {
-        "schema": SCHEMA, "kind": "run", "machine": machine.stamp(device),
-        "settings": {"rounds": rounds, "warm_up": WARM_UP, "probe_bytes": probe_bytes}, "cases": [],
-    }  # fmt: skip
-    probe = bandwidth.Probe(device, probe_bytes)
+def begin(chosen, device: torch.device, rounds: int, probe_bytes: int, path: Path | None = None) -> dict:
+    """A document without cases, or the one at `path` to be gone on with.
+
+    Raises ValueError where that one was measured on another machine, by other code or with other settings.
+    """
+    settings = {"rounds": rounds, "warm_up": WARM_UP, "probe_bytes": probe_bytes}
+    settings["providers"] = [p.name for p in chosen]
+    document = {"schema": SCHEMA, "kind": "run", "machine": machine.stamp(device), "settings": settings, "cases": []}
+    if path is None or not path.exists():
+        return document
+    found = load(path)
+    old, new = ({**d["machine"], **d["settings"]} for d in (found, document))
+    other = [name for name in {**old, **new} if name not in CHANGING and old.get(name) != new.get(name)]
+    if other:
+        raise ValueError(
+            f"{path.name} was measured with another {', '.join(other)}: its cases and new ones do not belong in one file. "
+            "Give another --out, or leave out --resume to write it anew."
+        )
+    return found
+
+
+def measure(document: dict, chosen_cases, chosen, device: torch.device, show=print, path: Path | None = None) -> dict:
+    """Measures the cases that the document does not have, and returns it.
+
+    show(text) gets each case's table as it is done. path: where the document is written after every case.
+    """
+    known = {record["case"] for record in document["cases"]}
+    rounds = document["settings"]["rounds"]
+    probe = bandwidth.Probe(device, document["settings"]["probe_bytes"])
     for case in chosen_cases:
+        if case.name in known:
+            show(f"{case.name}: there already")
+            continue
         able = sum(p.why_not(case, device) is None for p in chosen)
         record = run_case(case, device, chosen, rounds, probe, progress(rounds + able))
         document["cases"].append(record)
+        if path is not None:
+            save(document, path)
         show(table(record, document["machine"]["last_level_cache_bytes"]))
     return document
 
@@ -340,8 +384,11 @@ def output_path(out: Path | None, device: torch.device) -> Path:
 
 
 def save(document: dict, path: Path) -> None:
+    """Whole or not at all: a process killed here leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
 
 
 def load(path: Path) -> dict:
@@ -365,6 +412,9 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"bench run: {error}")
         return 2
+    if args.resume and (args.out is None or args.out.suffix != ".json"):
+        print("bench run: --resume needs the file: --out FILE.json")
+        return 2
     limit = args.elements or (1 << 22 if args.quick else math.inf)
     chosen_cases = [case.shrunk(limit) for case in chosen_cases]
     rounds = args.rounds or (5 if args.quick else 12)
@@ -375,8 +425,12 @@ def main(args: argparse.Namespace) -> int:
             "slice, most of all for optimizers that open many; do not quote this run.\n"
         )
     probe = (args.probe_mb or (64 if args.quick else 1024 if device.type == "cuda" else 256)) << 20
-    document = measure(chosen_cases, chosen, device, rounds, probe, show=lambda text: print(text + "\n", flush=True))
     path = output_path(args.out, device)
-    save(document, path)
+    try:
+        document = begin(chosen, device, rounds, probe, path if args.resume else None)
+    except (OSError, ValueError) as error:
+        print(f"bench run: {error}")
+        return 2
+    measure(document, chosen_cases, chosen, device, lambda text: print(text + "\n", flush=True), path)
     print(f"written: {path}")
     return 0

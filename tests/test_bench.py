@@ -1,4 +1,4 @@
-"""The benchmark tool: cases, providers, a tiny run, its comparison and charts, the gates, the GPU command's dry run."""
+"""The benchmark tool: cases, providers, quick runs of the other commands, the gates, the GPU command's dry run."""
 
 import argparse
 import json
@@ -13,17 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fusedopt  # noqa: E402
 from bench import __main__ as entry  # noqa: E402
 from bench import (  # noqa: E402  # noqa: E402
-    bandwidth,
     cases,
-    compare,
     gates,
     gpu,
     gpu_checks,
     gpu_lowrank,
     gpu_products,
     lowrank,
-    machine,
-    plot,
     providers,
     release,
     rules,
@@ -31,15 +27,6 @@ from bench import (  # noqa: E402  # noqa: E402
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def document():
-    """A measured run of two small cases with every kind of provider outcome."""
-    chosen = providers.select(["fusedopt-reference/adamw/fp32", "torch/sgd/foreach", "fusedopt-cuda/adamw/fp32"], CPU)
-    small = [case.shrunk(3000) for case in cases.select(["tiny_1000", "gpt2_124m@1:bf16"])]
-    small[0] = cases.Case("tiny_9", ((64,),) * 9)
-    return run.measure(small, chosen, CPU, 3, 1 << 20, show=lambda text: None)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +69,11 @@ def test_unknown_cases_are_refused(spec):
         cases.select([spec])
 
 
+def test_the_default_cases_are_there():
+    assert [case.name for case in cases.select(cases.DEFAULT)] == list(cases.DEFAULT)
+    assert {"bert_large", "llama3_1b:bf16", "tiny_1000"} < set(cases.DEFAULT)
+
+
 def test_globs_do_not_repeat():
     assert [c.name for c in cases.select(["llama*", "llama2_7b"])] == ["llama3_1b", "llama2_7b", "llama3_8b"]
 
@@ -121,117 +113,6 @@ def test_why_not_is_a_sentence():
     assert absent.why_not(case, CPU).startswith("cannot import no_such_module_anywhere: ModuleNotFoundError")
     assert "cpu" in providers.PROVIDERS["apex/adamw/fused"].why_not(case, CPU)
     assert "float32" in providers.PROVIDERS["fusedopt-cpu/adamw/int8+sr"].why_not(case, CPU)
-
-
-def test_document(document):
-    assert document["schema"] == run.SCHEMA and document["kind"] == "run"
-    text = json.dumps(document, allow_nan=False)
-    assert str(Path.home()) not in text and str(machine.ROOT) not in text
-    stamp = document["machine"]
-    assert {"date", "processor", "threads", "versions", "commit", "device", "isa"} <= stamp.keys()
-    assert [c["case"] for c in document["cases"]] == ["tiny_9", "gpt2_124m@1:bf16<3000"]
-    for case in document["cases"]:
-        by_name = {r["provider"]: r for r in case["results"]}
-        assert by_name["fusedopt-cuda/adamw/fp32"]["status"] == "skipped"
-        assert by_name["fusedopt-cuda/adamw/fp32"]["reason"] == "not for cpu tensors"
-        ours = by_name["fusedopt-reference/adamw/fp32"]
-        assert ours["bytes_per_parameter"] == (28 if case["param_dtype"] == "float32" else 22)
-        assert len(ours["rounds_ms"]) == 3 and ours["ratio"]["to"] == "torch/adamw/fused"
-        assert by_name["torch/sgd/foreach"]["ratio"]["to"] == "torch/sgd/fused"
-        for r in case["results"]:
-            if r["status"] == "ok":
-                for key in ("ms", "host_us_per_tensor", "share_of_copy", "share_of_stream", "ratio"):
-                    assert 0 < r[key]["q1"] <= r[key]["median"] <= r[key]["q3"]
-        assert by_name["torch/adamw/fused"]["ratio"]["median"] == 1
-
-
-def test_table_and_files(document, tmp_path):
-    text = run.table(document["cases"][0], 1 << 40)
-    assert "fusedopt-reference/adamw/fp32" in text and "fits in cache" in text
-    assert "skipped, not for cpu tensors: fusedopt-cuda/adamw/fp32" in text
-    path = run.output_path(tmp_path / "a.json", CPU)
-    run.save(document, path)
-    assert run.load(path) == document
-    assert run.output_path(tmp_path, CPU).parent == tmp_path
-    path.write_text(json.dumps({**document, "schema": 0}))
-    with pytest.raises(ValueError, match="schema"):
-        run.load(path)
-
-
-def test_a_failing_provider_does_not_stop_the_others():
-    def broken(params):
-        raise RuntimeError("no such instruction")
-
-    bad = providers.Provider("bad/adamw/x", "adamw", broken, 2)
-    good = providers.PROVIDERS["torch/adamw/fused"]
-    record = run.run_case(cases.Case("x", ((64,),)), CPU, [good, bad], 2, bandwidth.Probe(CPU, 1 << 20))
-    assert [(r["provider"], r["status"]) for r in record["results"]] == [(good.name, "ok"), (bad.name, "skipped")]
-    assert record["results"][1]["reason"] == "RuntimeError: no such instruction"
-
-
-def test_memory_guard():
-    case = cases.Case("x", ((1000, 1000),))
-    names = ("torch/adamw/fused", "torch/adamw/loop", "fusedopt-cpu/lion/fp32")
-    fused, loop, ours = (providers.PROVIDERS[name] for name in names)
-    everything = [fused, loop, ours]
-    assert run.grouping(case, everything, 1e12) == ([everything], run.MAX_SETS, {})
-    groups, sets, reasons = run.grouping(case, everything, 37e6)  # p 4, g 4, states 8, 4 MB; the loop takes 8 MB more
-    assert sets == 1 and not reasons and groups == [[fused, loop], [fused, ours]]
-    groups, _, reasons = run.grouping(case, everything, 12e6)
-    assert groups == [[ours]] and reasons.keys() == {fused.name, loop.name}
-    assert "does not fit: needs 0.0 GB" in reasons[fused.name]
-    assert run.grouping(case, [], 1) == ([], 1, {})
-
-
-def test_peak_memory():
-    with machine.PeakMemory(CPU) as peak:
-        block = torch.ones(1 << 25)
-        del block
-    if peak.bytes is None:
-        pytest.skip("this system does not tell")
-    assert peak.bytes < 1 << 29
-    assert machine.available_memory(CPU) > 1 << 20
-
-
-def test_compare(document):
-    same = compare.compare(document, document)
-    assert {row["status"] for row in same} == {"same"}
-    document, slower = (json.loads(json.dumps(document)) for _ in range(2))
-    for content, ratio in (
-        (document, 1.0),
-        (slower, 50.0),
-    ):  # not as measured: that may have any spread on a busy machine
-        for case in content["cases"]:
-            for r in case["results"]:
-                if r["provider"] == "fusedopt-reference/adamw/fp32":
-                    r["ratio"] |= {"median": ratio, "q1": 0.9 * ratio, "q3": 1.1 * ratio}
-    del slower["cases"][0]["results"][0]
-    rows = {(r["case"], r["provider"]): r for r in compare.compare(document, slower)}
-    found = rows["tiny_9", "fusedopt-reference/adamw/fp32"]
-    assert found["status"] == "slower" and found["change"] == pytest.approx(49)
-    assert compare.compare(slower, document)[-1]["status"] in ("faster", "only new", "same")
-    assert rows["tiny_9", document["cases"][0]["results"][0]["provider"]]["status"] == "only old"
-    assert "SLOWER" in compare.table(list(rows.values()))
-
-
-def test_plots(document, tmp_path):
-    pytest.importorskip("matplotlib")
-    paths = plot.write(document, tmp_path, "r")
-    assert [p.name for p in paths] == ["r-share.png", "r-ratio.png", "r-host.png"]
-    assert all(p.read_bytes()[:4] == b"\x89PNG" and p.stat().st_size > 5000 for p in paths)
-    assert plot.write({**document, "cases": []}, tmp_path, "none") == []
-
-
-def test_command_line(tmp_path, capsys):
-    out = tmp_path / "r.json"
-    options = "run --case tiny_1000 --elements 1000 --rounds 2 --probe-mb 1 --provider torch/adamw/fused".split()
-    assert entry.main([*options, "--device", "cpu", "--out", str(out)]) == 0
-    assert entry.main(["compare", str(out), str(out)]) == 0
-    assert entry.main(["run", "--list"]) == 0
-    assert entry.main(["run", "--case", "nothing", "--device", "cpu"]) == 2
-    assert entry.main(["compare", str(tmp_path / "absent.json"), str(out)]) == 2
-    text = capsys.readouterr().out
-    assert "x baseline" in text and "within noise" in text and "llama3_8b: 291 tensors" in text
 
 
 def test_bytes_gates_hold():
@@ -408,6 +289,39 @@ def test_limits_of_projected_steps():
     assert limit("apollo_mini", 4) == pytest.approx(8, abs=0.01) and limit("adafactor", 0) == 10
     assert limit("galore", 2, shapes=[(4096, 11008)]) == pytest.approx(6 + 12 / 4)
     assert limit("galore", 4, shapes=[(4096,)]) == 22
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_the_products_alone_are_down_and_back(shape):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    alone = lowrank.Products(p, 5)
+    basis, g = alone.basis, p.grad
+    alone.step()
+    want = basis @ (basis.t() @ g) if shape[0] < shape[1] else (g @ basis.t()) @ basis
+    assert 5 in basis.shape and min(shape) in basis.shape
+    torch.testing.assert_close(alone.out, want)
+
+
+def test_medium_is_set_for_the_time_of_a_step():
+    seen = []
+    for name in ("galore", "galore" + lowrank.MEDIUM):
+        lowrank.timed(name, lambda: seen.append(torch.get_float32_matmul_precision()))
+    assert seen == ["highest", "medium"] and torch.get_float32_matmul_precision() == "highest"
+    fp32, bf16 = ([n for n in lowrank.CONTENDERS if lowrank.suits(n, d)] for d in (torch.float32, torch.bfloat16))
+    assert "fusedopt/galore_adamw, medium" in fp32 and "fusedopt/galore_adamw+sr" not in fp32
+    assert "fusedopt/galore_adamw+sr" in bf16 and not [n for n in bf16 if n.endswith(lowrank.MEDIUM)]
+
+
+def test_peaks_of_allocations_with_some_apart():
+    def work():
+        one = torch.empty(1000, dtype=torch.uint8)
+        other = torch.empty(3000, dtype=torch.uint8)
+        del one, other
+        torch.empty(3500, dtype=torch.uint8)
+
+    assert lowrank.allocated_peak(work) == (4000, 4000)
+    assert lowrank.allocated_peak(work, apart=lambda size: size == 3000) == (4000, 3500)
 
 
 def test_tiles_are_patched_for_a_variant_only():
