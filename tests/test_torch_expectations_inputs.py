@@ -117,13 +117,16 @@ def test_adam_has_all_of_torchs_error_inputs():
     assert sum(case.values[0] == "adam" for case in ERRORS) >= 12
 
 
-def least_squares(strided: bool):
+TINY_STEPS = ("adog", "dog", "ldog")  # 20 of them with lr 0.01 change the loss by less than fp32 resolves
+
+
+def least_squares(strided: bool, dtype: torch.dtype = torch.float32):
     gen = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(10, 5, generator=gen), torch.randn(10, generator=gen)
+    weight, bias = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((10, 5), (10,)))
     if strided:
         weight, bias = torch.stack([weight, weight], -1)[..., 0], torch.stack([bias, bias], -1)[..., 0]
     params = [torch.nn.Parameter(weight), torch.nn.Parameter(bias)]
-    x = torch.randn(5, generator=gen)
+    x = torch.randn(5, generator=gen).to(dtype)
     return params, lambda: (params[0].mv(x) + params[1]).square().sum()
 
 
@@ -132,7 +135,7 @@ def least_squares(strided: bool):
 @pytest.mark.parametrize("grouped", [False, True], ids=["one group", "lr per group"])
 def test_goes_in_the_right_direction_under_torchs_schedulers(name, ours, theirs, strided, grouped):
     for schedulers in ([], *info_of(name).scheduler_inputs):
-        params, loss = least_squares(strided)
+        params, loss = least_squares(strided, torch.float64 if name in TINY_STEPS else torch.float32)
         kwargs = copy.deepcopy(ours)
         if grouped:  # the second group has a learning rate of its own
             params = [{"params": [params[0]]}, {"params": [params[1]], "lr": kwargs.get("lr", 1e-3) * 0.5}]

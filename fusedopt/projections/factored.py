@@ -116,6 +116,8 @@ class FactoredSite(FullSite):
         if h["relative_step"]:
             most = 1e-6 * numbers.step if h["warmup_init"] else numbers.lr
             size = _smaller(most, numbers.step**-0.5)
+        if isinstance(size, torch.Tensor):  # what a number of the host becomes where it meets a tensor
+            size = size.to(self.dtype)
         if h["scale_parameter"]:
             size = ops.rms(slot.work_param, slot.companion, slot.precision, self.dtype).clamp(min=h["eps"][1]) * size
         return size, (numbers.lr if self.torch_form else size) * h["weight_decay"]
