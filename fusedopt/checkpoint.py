@@ -13,11 +13,12 @@ import torch
 from fusedopt import states as st
 from fusedopt.checks import describe
 from fusedopt.conversion import convert, for_loading, to_bitsandbytes
-from fusedopt.distributed import Loader, LocalEntry, as_dtensor, entry_of, gathered, is_dtensor, local, portable
+from fusedopt.distributed import as_dtensor, is_dtensor, local
 from fusedopt.masters import bind, configured_precision
 from fusedopt.memory import empty_like, flat, is_dense, strides_match
 from fusedopt.precision import COMPANIONS, companion_dtypes
-from fusedopt.projections.base import states_like
+from fusedopt.projections.base import kept_tensors, sharded_likes, states_like
+from fusedopt.sharded_states import Loader, LocalEntry, entry_of, gathered, portable
 from fusedopt.states import OWN_OPTIONS, STORAGE_OPTIONS
 from fusedopt.transforms import TRANSFORMS
 from fusedopt.transforms import base as transforms
@@ -67,10 +68,11 @@ def _decoded(p: torch.Tensor, entry: dict, state) -> torch.Tensor:
 
 def to_portable(opt, native: dict) -> None:
     """Makes the states of DTensor parameters ones that any number of processes can load; the dict's, not the optimizer's."""
-    params = [p for group in opt.param_groups for p in group["params"]]
-    for index, p in enumerate(params):
+    owners = [(p, group) for group in opt.param_groups for p in group["params"]]
+    for index, (p, group) in enumerate(owners):
         if is_dtensor(p) and index in native["state"]:
-            native["state"][index] = portable(p, native["state"][index])
+            likes = sharded_likes(p, opt.projection_for(p, group), opt.rule_for(group))
+            native["state"][index] = portable(p, native["state"][index], likes)
 
 
 def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, label: str | None = None) -> dict:
@@ -85,7 +87,7 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     missing = [s.name for s in rule.states if s.name not in entry]
     stepped = bool(rule.states) and float(step) > 0
     projection = opt.projection_for(p, group)
-    kept = {} if projection is None else projection.tensors(p)
+    kept = kept_tensors(p, projection)
     likes = states_like(p, projection, rule)
     formats = st.configured_formats(p, group, rule, likes)  # by the size of the whole, on every process the same
     transformed = transforms.tensors_of(opt, p, group, entry)
@@ -98,10 +100,11 @@ def _load_entry(opt, index: int, p: torch.Tensor, group: dict, entry: dict, labe
     out: Any = {}
     owner = p
     if is_dtensor(p):
-        entry, out, p = Loader(what, p, entry).load(rule), LocalEntry(p, {}), local(p)
-        likes = [p] * len(likes)
-    elif projection is None:
-        entry = gathered(p, entry, rule)
+        others = sharded_likes(p, projection, rule)
+        entry, out, p = Loader(what, p, entry, others, kept).load(rule), LocalEntry(p, {}, others), local(p)
+        likes = [local(like) for like in likes]
+    else:
+        entry = gathered(likes, entry, rule)
     step = entry.get("step", 1.0 if present else 0.0)  # torch.optim.SGD counts no steps
     step = step.detach().clone() if isinstance(step, torch.Tensor) else torch.tensor(float(step))
     on_device = opt.steps_on_device(p, group)

@@ -1,20 +1,15 @@
 """DTensor parameters (FSDP2, tensor parallelism): their shards, the states kept beside them, and sums over a mesh.
 
 A step works on local shards. The optimizer's state holds DTensors with the parameter's mesh and placements, so that
-torch.distributed.checkpoint saves and reshards them. `LocalEntry` is a parameter's state dict as the step sees it.
+torch.distributed.checkpoint saves and reshards them (fusedopt.sharded_states).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, MutableMapping
-from dataclasses import replace
-from math import gcd, prod
+from math import prod
 
 import torch
-
-from fusedopt import states as st
-from fusedopt.formats import Format
 
 
 def is_dtensor(t) -> bool:
@@ -45,6 +40,21 @@ def as_dtensor(shard: torch.Tensor, like, shape: tuple[int, ...], stride: tuple[
     return DTensor(shard.detach(), spec, requires_grad=False)
 
 
+def spread(p, shape: tuple[int, int], kept: int, dtype: torch.dtype):
+    """A DTensor of a matrix, uninitialised: split as p is along its dimension `kept`, which is the same dimension of the matrix
+    that p is, and whole on every process along the other."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    size, p_local = list(shape), local(p)
+    if any(dim == kept for _, dim in sharded_dims(p)):
+        size[kept] = p_local.shape[kept]
+    placements = tuple(x if getattr(x, "dim", None) == kept else Replicate() for x in p.placements)
+    meta = TensorMeta(torch.Size(shape), (shape[1], 1), dtype)
+    shard = torch.empty(size, dtype=dtype, device=p_local.device)
+    return DTensor(shard, DTensorSpec(p.device_mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
 def sharded_dims(p) -> list[tuple[int, int]]:
     """(mesh dimension, tensor dimension) of every placement that splits a DTensor."""
     return [(i, placement.dim) for i, placement in enumerate(p.placements) if hasattr(placement, "dim")]
@@ -54,125 +64,6 @@ def is_partial(t) -> bool:
     return any(placement.is_partial() for placement in t.placements)
 
 
-# Blocks and shards
-
-
-def tail(p) -> int:
-    """Elements that follow each other in every shard, however many processes there are: those of the dimensions after the
-    last one that is split (the first one, where none is, so that replicated and sharded groups of a mesh agree)."""
-    last = max((dim for _, dim in sharded_dims(p)), default=0)
-    return prod(p.shape[last + 1 :])
-
-
-def granule(p, form: Format) -> int:
-    """Elements of a run that lies in one block whatever the shards: blocks begin at multiples of it in every shard."""
-    return gcd(tail(p), form.block)
-
-
-def scales_shape(p, form: Format) -> tuple[int, ...]:
-    """The shape of the scales as the state dict holds them, one per granule, split like the parameter."""
-    last = max((dim for _, dim in sharded_dims(p)), default=0)
-    return (*p.shape[: last + 1], tail(p) // granule(p, form))
-
-
-def packs_in_shape(p) -> bool:
-    """Whether packed codes can be split like the parameter: pairs lie within its last dimension, which is whole."""
-    last = max((dim for _, dim in sharded_dims(p)), default=0)
-    return p.dim() > last + 1 and p.shape[-1] % 2 == 0
-
-
-def scale_format(name: str) -> Format | None:
-    """The format a scale of this name belongs to, None where the name is not that of a scale."""
-    return next((form for form in st.blockwise() if name.endswith(st.scale_name("", form))), None)
-
-
-class LocalEntry(MutableMapping):
-    """A DTensor's state dict seen from one process: reads give shards, scales one per block; what is put in becomes a
-    DTensor in the dict behind it (`stored`), split like the parameter.
-
-    Scales of blocks that are no whole part of a row of the parameter lie in `stored` as they are, a plain tensor of this
-    process; `portable` makes them DTensors.
-    """
-
-    def __init__(self, p, stored: dict):
-        self.p, self.shard, self.stored = p, local(p), stored
-
-    def __getitem__(self, name: str):
-        value = self.stored[name]
-        if not is_dtensor(value):
-            return value
-        return local(value).view(-1) if scale_format(name) is not None else local(value)
-
-    def __setitem__(self, name: str, value) -> None:
-        self.stored[name] = self._whole(name, value)
-
-    def _whole(self, name: str, value):
-        if not isinstance(value, torch.Tensor) or name == "step":
-            return value
-        form = scale_format(name)
-        if form is not None:
-            if granule(self.p, form) < form.block:
-                return value
-            whole = scales_shape(self.p, form)
-            return as_dtensor(value.view(*self.shard.shape[: len(whole) - 1], whole[-1]), self.p, whole)
-        if value.shape == self.shard.shape and not (value.dtype == torch.uint8 and value.numel() == 1):
-            return as_dtensor(value, self.p, self.p.shape, self.p.stride())  # one code fills a byte in every format
-        if value.dim() == self.p.dim() and packs_in_shape(self.p):
-            return as_dtensor(value, self.p, (*self.p.shape[:-1], self.p.shape[-1] // 2))
-        return value
-
-    def __delitem__(self, name: str) -> None:
-        del self.stored[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-
-def entry_of(p: torch.Tensor, entry: dict):
-    """A parameter's state dict as a step uses it."""
-    return LocalEntry(p, entry) if is_dtensor(p) else entry
-
-
-def unpacked(codes: torch.Tensor, numel: int) -> torch.Tensor:
-    """One 4-bit code a byte, flat."""
-    codes = codes.reshape(-1)
-    return torch.stack([codes >> 4, codes & 15], 1).view(-1)[:numel]
-
-
-def packed(codes: torch.Tensor, zero: int) -> torch.Tensor:
-    """Two 4-bit codes a byte, flat; the reverse of `unpacked`. zero: the code that fills up the last byte."""
-    codes = codes.reshape(-1)
-    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=zero).view(-1, 2)
-    return pairs[:, 0] << 4 | pairs[:, 1]
-
-
-def portable(p, stored: dict) -> dict:
-    """A DTensor's state dict with every tensor a DTensor that any number of processes can load.
-
-    Most already are, and stay the live ones. Scales become one per granule, packed codes that cannot be split one a byte.
-    """
-    if all(is_dtensor(v) or not isinstance(v, torch.Tensor) or not v.dim() for v in stored.values()):
-        return stored
-    shard, out = local(p), {}
-    for name, value in stored.items():
-        form = scale_format(name)
-        if is_dtensor(value) or not isinstance(value, torch.Tensor) or not value.dim():
-            out[name] = value
-        elif form is not None:
-            whole, size = scales_shape(p, form), granule(p, form)
-            first = torch.arange(shard.numel() // size, device=value.device) * size
-            scales = value[torch.div(first, form.block, rounding_mode="floor")]
-            out[name] = as_dtensor(scales.view(*shard.shape[: len(whole) - 1], whole[-1]), p, whole)
-        elif st.stored_format(stored, name).bits == 4:
-            out[name] = as_dtensor(unpacked(value, shard.numel()).view(shard.shape), p, p.shape)
-        else:
-            out[name] = as_dtensor(value, p, p.shape)
-    return out
-
-
 def shard_of(p, whole: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that every process has whole, split like a DTensor. No communication."""
     from torch.distributed.tensor import DTensor, Replicate
@@ -180,112 +71,6 @@ def shard_of(p, whole: torch.Tensor) -> torch.Tensor:
     mesh = p.device_mesh
     everywhere = DTensor.from_local(whole.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local(everywhere.redistribute(placements=p.placements)).to(local(p).device).contiguous()
-
-
-class Loader:
-    """Turns a loaded entry of a DTensor parameter into its shard's: codes, scales one per block of the shard.
-
-    Loaded tensors are DTensors on the parameter's mesh, or plain ones of the whole parameter, the same on every process.
-    Raises ValueError where a shape or a mesh does not fit.
-    """
-
-    def __init__(self, what: str, p, entry: dict):
-        self.what, self.p, self.entry, self.shard = what, p, entry, local(p)
-
-    def load(self, rule) -> dict:
-        signs = {state.name: state.signed for state in rule.states}
-        out = {}
-        for name, value in self.entry.items():
-            one = isinstance(value, torch.Tensor) and not value.dim() and self.p.dim()  # a count
-            kept = name == "step" or name in rule.memory or one or scale_format(name) is not None
-            if not isinstance(value, torch.Tensor) or kept:
-                if scale_format(name) is None:
-                    out[name] = value
-                continue
-            form = st.stored_format(self.entry, name) if value.dtype == torch.uint8 and name in signs else None
-            if form is None or not form.block:
-                out[name] = self._part(name, value, self.p.shape)
-            else:
-                scale = st.scale_name(name, form)
-                out[name], out[scale] = self._coded(name, form, signs[name])
-        return out
-
-    def _part(self, name: str, value: torch.Tensor, *shapes) -> torch.Tensor:
-        if tuple(value.shape) not in map(tuple, shapes):
-            raise ValueError(
-                f"{self.what}: the loaded {name!r} has shape {tuple(value.shape)}, but it is {tuple(shapes[0])} for a "
-                "parameter split like this one. Load a state dict of the same model, saved with the same dimensions split."
-            )
-        if not is_dtensor(value):
-            return shard_of(self.p, value)
-        if value.device_mesh != self.p.device_mesh:
-            raise ValueError(
-                f"{self.what}: the loaded {name!r} lies on another device mesh ({value.device_mesh}). Load it with "
-                "torch.distributed.checkpoint, which reshards, or load the full state dict."
-            )
-        if value.placements != self.p.placements:
-            value = value.redistribute(placements=self.p.placements)
-        return local(value)
-
-    def _coded(self, name: str, form: Format, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of the shard: bit for bit where its blocks are blocks of what was saved, else encoded anew."""
-        codes, scales = self.entry[name], self.entry[st.scale_name(name, form)]
-        size, whole, n = granule(self.p, form), scales_shape(self.p, form), self.p.numel()
-        if scales.dim() == 1 and not is_dtensor(scales):  # of a whole tensor: its own blocks
-            if scales.numel() != form.scale_count(n) or codes.numel() != form.stored_count(n):
-                raise ValueError(
-                    f"{self.what}: the loaded {form.name} state {name!r} has {codes.numel()} codes and {scales.numel()} scales, "
-                    f"not {form.stored_count(n)} and {form.scale_count(n)}. Load a complete state dict."
-                )
-            first = torch.arange(prod(whole), device=scales.device) * size
-            scales = scales[torch.div(first, form.block, rounding_mode="floor")].view(whole)
-            codes = (unpacked(codes, n) if form.bits == 4 else codes).view(self.p.shape)
-        half = (
-            (*self.p.shape[:-1], self.p.shape[-1] // 2) if form.bits == 4 and packs_in_shape(self.p) else self.p.shape
-        )
-        mine = self._part(name, codes, half, self.p.shape)
-        scales = self._part(st.scale_name(name, form), scales, whole).reshape(-1)
-        return in_blocks(self.shard, mine, scales, size, form, signed)
-
-
-def in_blocks(shard: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, size: int, form: Format, signed: bool):
-    """Codes and scales as a step uses them, from scales one per `size` elements and codes that may lie one a byte.
-
-    Bit for bit where all scales of each block agree, as those of the blocks that were saved do; else encoded anew.
-    """
-    n, flat_codes = shard.numel(), codes.reshape(-1)
-    if form.bits == 4 and codes.shape == shard.shape:
-        flat_codes = packed(flat_codes, form.zero_code(signed) & 15)
-    if n:
-        blocks, runs = form.scale_count(n), form.block // size
-        padded = torch.cat([scales, scales[-1:].expand(blocks * runs - scales.numel())]).view(blocks, runs)
-        if bool((padded == padded[:, :1]).all()):
-            scales = padded[:, 0].contiguous()
-        else:
-            values = replace(form, block=size).decode(flat_codes, scales, signed, torch.float32, n)
-            flat_codes, scales = form.encode(values, signed)
-    return flat_codes.view(st.stored_shape(form, shard)), scales
-
-
-def gathered(p: torch.Tensor, entry: dict, rule) -> dict:
-    """An entry of a whole tensor, from one that may be a sharded tensor's, gathered (full_state_dict): one scale per block."""
-    out = dict(entry)
-    for state in rule.states:
-        form = st.stored_format(entry, state.name) if isinstance(entry.get(state.name), torch.Tensor) else None
-        scales = st.stored_scale(entry, state.name, form) if form is not None and form.block else None
-        if (
-            scales is None
-            or scales.dim() < 2
-            or not scales.numel()
-            or p.numel() % scales.numel()
-            or not p.is_contiguous()
-        ):
-            continue
-        size = p.numel() // scales.numel()
-        if form.block % size == 0 and entry[state.name].numel() in (p.numel(), form.stored_count(p.numel())):
-            codes, scales = in_blocks(p, entry[state.name], scales.reshape(-1), size, form, state.signed)
-            out[state.name], out[st.scale_name(state.name, form)] = codes, scales
-    return out
 
 
 def first_octet(p: torch.Tensor) -> int:
@@ -323,8 +108,11 @@ class Sharding:
 
     def gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         """Fills whole [rows, cols] from the shards; shard has this process's elements in order."""
-        parts = as_dtensor(shard.view(self.mine), self.p, self.shape)
-        whole.copy_(parts.full_tensor().view(self.matrix))
+        whole.copy_(self.full(shard))
+
+    def full(self, shard: torch.Tensor) -> torch.Tensor:
+        """The whole [rows, cols], from every process's shard."""
+        return as_dtensor(shard.view(self.mine), self.p, self.shape).full_tensor().view(self.matrix)
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """This process's elements of whole [rows, cols], as the matrix that its shard is; contiguous."""
@@ -345,10 +133,10 @@ def check_sharded(what: str, p, projection, formats) -> None:
     """Raises RuntimeError for a DTensor parameter that cannot be stepped in shards."""
     if is_partial(p):
         raise RuntimeError(f"{what} has Partial placements {p.placements}. Redistribute it to Shard or Replicate.")
-    if projection is not None and not projection.gathers:
+    if projection is not None and (reason := projection.refuses_shards(p)):
         raise RuntimeError(
-            f"{what} is a DTensor, and {type(projection).__name__} needs the whole tensor. Use a rule without projection or "
-            "factors for sharded parameters (AdamW, Lion, SGD, LAMB, LARS, Muon), or DDP, which keeps them whole."
+            f"{what} is a DTensor, and {type(projection).__name__} {reason}. Sharded parameters take GaLore, Muon and rules "
+            "without projection or factors (AdamW, Lion, SGD, LAMB, LARS); DDP keeps them whole."
         )
     if projection is not None and not local(p).is_contiguous():
         raise RuntimeError(

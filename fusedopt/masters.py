@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fusedopt.distributed import as_dtensor, entry_of, is_dtensor, local, shard_of
+from fusedopt.distributed import as_dtensor, is_dtensor, local, shard_of
 from fusedopt.memory import empty_like, flat, is_dense
 from fusedopt.precision import NEAREST, ParamPrecision, get_precision, list_precisions
+from fusedopt.sharded_states import entry_of
 from fusedopt.states import option_overrides
 from fusedopt.weights import Int8Weight
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from fusedopt.backends.base import RowNumbers
-from fusedopt.distributed import LocalEntry
 from fusedopt.rule import Rule
+from fusedopt.sharded_states import LocalEntry
 
 FACTORS = {"lr_factor": 0, "decay_factor": 1}  # words of the row's head that they multiply
 SCALARS = 8  # the first word of the rule's own

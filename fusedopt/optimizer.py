@@ -21,10 +21,11 @@ from fusedopt.options import check_clip, check_lr, check_nonnegative
 from fusedopt.parts import Parts, StepsParts
 from fusedopt.plan import Plan
 from fusedopt.precision import get_precision
-from fusedopt.projections.base import Projection, configured, places, states_like
+from fusedopt.projections.base import Projection, configured, kept_tensors, places, sharded_likes, states_like
 from fusedopt.projections.lowrank import LowRankGradients
 from fusedopt.projections.quantized import UNPROJECTED
 from fusedopt.rule import Rule
+from fusedopt.sharded_states import LocalEntry
 from fusedopt.transforms import base as transforms
 from fusedopt.weights import Int8Weight
 
@@ -282,8 +283,8 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
         formats = st.configured_formats(p, group, rule, likes)
         precision = masters.configured_precision(p, group)
         if distributed.is_dtensor(p):
-            entry, p = distributed.LocalEntry(p, entry), distributed.local(p)
-            likes = [p] * len(likes)
+            entry, p = LocalEntry(p, entry, sharded_likes(p, projection, rule)), distributed.local(p)
+            likes = [distributed.local(like) for like in likes]
         for state, form, like in zip(rule.states, formats, likes, strict=True):
             if state.name not in entry:
                 values = starts.begun(owner, like, entry, state, group, tensor_id, rule.states.index(state))
@@ -291,11 +292,10 @@ class FusedOptimizer(StepsParts, Recorded, torch.optim.Optimizer):
                     st.allocate(like, entry, state, form)
                 else:
                     st.store(like, entry, state, form, values)
-        if projection is not None:
-            for name, (shape, dtype) in projection.tensors(p).items():
-                if name not in entry:
-                    device = "cpu" if name in projection.on_host() else p.device
-                    entry[name] = torch.zeros(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in kept_tensors(owner, projection).items():
+            if name not in entry:
+                device = "cpu" if name in projection.on_host() else p.device
+                entry[name] = torch.zeros(shape, dtype=dtype, device=device)
         masters.bind(p, entry, precision)
         transforms.allocate(self, p, group, entry)
         return entry

@@ -44,7 +44,7 @@ from fusedopt.memory import is_dense, strides_match
 from fusedopt.numbers import Row, ScalarTable
 from fusedopt.options import check_clip
 from fusedopt.precision import get_precision
-from fusedopt.projections.base import places, states_like
+from fusedopt.projections.base import kept_tensors, places, states_like
 from fusedopt.projections.steps import ProjectedSteps, ScratchPool
 from fusedopt.rule import get_rule
 from fusedopt.transforms import base as transforms
@@ -68,7 +68,7 @@ class DevicePlan:
         self.kept: list[torch.Tensor] = []  # host buffers that a captured graph reads again
         self._bind_steps(opt)
         clipping = max_norm is not None
-        launched = [s for s in slots if s.param.numel() and (s.site is None or s.site.launched)]
+        launched = [s for s in slots if s.target.numel() and (s.site is None or s.site.launched)]
         self.buckets = _buckets(launched, apart=clipping)
         projected = [s for s in slots if s.site is not None]
         self.projected = ProjectedSteps(projected, self.scalars, opt.param_groups, pool)
@@ -349,8 +349,10 @@ class Plan:
                 check_projected(type(opt).__name__, opt.decay_mode_for(group), slot.tensor_id, slot.param, group)
                 if slot.quantized:
                     check_quantized(type(opt).__name__, slot.tensor_id, slot.param, slot.rule, projection)
-                p = slot.param if slot.quantized else slot.work_param
-                slot.site = projection.site(projection, p, slot.entry, slot.grad_dtype, slot.tensor_id, group, place)
+                kind, p = projection.site, slot.param if slot.quantized else slot.work_param
+                if is_dtensor(slot.owner):
+                    kind, p = projection.sharded_site(), slot.owner
+                slot.site = kind(projection, p, slot.entry, slot.grad_dtype, slot.tensor_id, group, place)
 
     def _slot(self, opt, tensor_id, position, group_index, p, g) -> Slot:
         group = opt.param_groups[group_index]
@@ -361,8 +363,9 @@ class Plan:
         likes = states_like(p, projection, rule)
         wanted = st.configured_formats(p, group, rule, likes)
         owner, p = p, local(p)
-        likes = [p if like is owner else like for like in likes]
-        check_states(type(opt).__name__, tensor_id, p, entry, rule, {} if projection is None else projection.tensors(p))
+        octet = first_octet(likes[0] if projection is not None and likes else owner)
+        likes = [p if like is owner else local(like) for like in likes]
+        check_states(type(opt).__name__, tensor_id, p, entry, rule, kept_tensors(owner, projection))
         formats = tuple(st.stored_format(entry, s.name, form) for s, form in zip(rule.states, wanted, strict=True))
         dense = is_dense(p)
         work_param = storage(p) if dense else torch.empty(p.shape, dtype=p.dtype, device=p.device)
@@ -374,7 +377,7 @@ class Plan:
         source = None if opt._low_rank is None else opt._low_rank.of(owner)
         return Slot(tensor_id, position, group_index, p, entry, rule, formats, precision, work_param,
                     copy_grad=source is None and not strides_match(g, work_param), grad_dtype=g.dtype, source=source, owner=owner,
-                    groups=split_groups(owner), first_octet=first_octet(owner))  # fmt: skip
+                    groups=split_groups(owner), first_octet=octet)  # fmt: skip
 
     def _assign(self, opt, slot: Slot, g: torch.Tensor, asked: str | None) -> None:
         site = slot.site

@@ -10,7 +10,8 @@ import torch
 
 from fusedopt import states as st
 from fusedopt.checks import describe
-from fusedopt.distributed import entry_of, local
+from fusedopt.distributed import local
+from fusedopt.sharded_states import entry_of
 from fusedopt.weights import Int8Weight
 
 

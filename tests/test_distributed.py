@@ -244,8 +244,8 @@ def refusals():
     weight.grad = torch.ones_like(weight)
     for opt, message in (
         (
-            fusedopt.AdamW([weight], projection=fusedopt.GaLore(rank=4)),
-            "parameter 0 .*DTensor.*GaLore needs the whole tensor",
+            fusedopt.AdamW([weight], projection=fusedopt.DCT(rank=4)),
+            "parameter 0 .*DTensor.*DCT needs the whole tensor",
         ),
         (fusedopt.Adafactor([weight]), "parameter 0 .*DTensor.*needs the whole tensor"),
     ):

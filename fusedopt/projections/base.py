@@ -13,11 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fusedopt.backends.base import MatrixWork
+from fusedopt.distributed import Sharding, is_dtensor, local, spread
 from fusedopt.memory import flat, is_dense
 from fusedopt.options import check_nonnegative
 from fusedopt.projections import ops
 from fusedopt.rule import Rule
-from fusedopt.states import option_overrides
+from fusedopt.states import option_overrides, scale_names
 
 SIDES = ("std", "reverse_std", "left", "right")
 
@@ -46,7 +47,6 @@ class Projection:
     name: ClassVar[str]
     site: ClassVar[type]
     turns = False  # whether tensors change their rule from time to time: `turn` is called before each step
-    gathers: ClassVar[bool] = False  # whether it steps sharded matrices (DTensor), which it gathers
     update_every = None  # steps between refreshes, a field of those that have some
     compares: ClassVar[bool] = False  # whether tensors' steps depend on each other's gradients
     low_rank_gradient: ClassVar[bool] = False  # R is all that a step needs of a gradient: projected_linear takes it
@@ -62,6 +62,14 @@ class Projection:
             return f"{p.dim()}-D tensors are not projected"
         rank = self.rank_for(shape)
         return f"rank {rank} does not reduce a {shape[0]} x {shape[1]} matrix" if rank >= min(shape) else None
+
+    def sharded_site(self) -> type | None:
+        """The Site of sharded matrices (DTensor). None: it needs whole ones."""
+        return None
+
+    def refuses_shards(self, p: torch.Tensor) -> str | None:
+        """Why a DTensor parameter, split as it is, cannot be stepped, or None."""
+        return None if self.sharded_site() is not None else "needs the whole tensor"
 
     def rank_for(self, shape: tuple[int, int]) -> int:
         raise TypeError(f"{type(self).__name__} does not say its rank")
@@ -90,12 +98,22 @@ class Projection:
         """Called before a step where `turns` is set: may take states away or leave them to be made anew."""
 
     def state_like(self, p: torch.Tensor, name: str) -> torch.Tensor:
-        """A tensor whose shape, dtype, device and layout a state takes; p itself for a state of full size."""
-        return torch.empty(self.state_shape(matrix_shape(p)), dtype=p.dtype, device=p.device)
+        """A tensor whose shape, dtype, device and layout a state takes; p itself for a state of full size. Of a DTensor another
+        one, which is split along the dimension of the gradient that the projection keeps."""
+        shape = matrix_shape(p)
+        low_rank = self.state_shape(shape)
+        if is_dtensor(p):
+            return spread(p, low_rank, 1 if self.side_for(shape) == "left" else 0, p.dtype)
+        return torch.empty(low_rank, dtype=p.dtype, device=p.device)
 
     def tensors(self, p: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is kept in a parameter's state beside the rule's states, zero at the start."""
         return {}
+
+    def tensor_like(self, p: torch.Tensor, name: str) -> torch.Tensor | None:
+        """Of a DTensor parameter: a DTensor of the shape and with the placements of one of `tensors`. None: every process has it
+        whole."""
+        return None
 
     def on_host(self) -> tuple[str, ...]:
         """The names among them that lie in host memory whatever the parameter's device: a schedule's integers."""
@@ -155,6 +173,32 @@ def places(opt) -> dict[int, tuple[Projection, tuple[int, int]]]:
 def states_like(p: torch.Tensor, projection: Projection | None, rule: Rule) -> list[torch.Tensor]:
     """For each state of a parameter a tensor whose shape, dtype, device and layout it takes: p where nothing is projected."""
     return [p if projection is None else projection.state_like(p, state.name) for state in rule.states]
+
+
+def sharded_likes(p: torch.Tensor, projection: Projection | None, rule: Rule) -> dict[str, torch.Tensor]:
+    """For each tensor of a DTensor parameter's state that is not split as the parameter is, by name: a DTensor that is."""
+    if projection is None or not is_dtensor(p):
+        return {}
+    out = {}
+    for state, like in zip(rule.states, states_like(p, projection, rule), strict=True):
+        if like is not p:
+            out.update(dict.fromkeys((state.name, *scale_names(state.name)), like))
+    for name in projection.tensors(p):
+        if (like := projection.tensor_like(p, name)) is not None:
+            out[name] = like
+    return out
+
+
+def kept_tensors(p: torch.Tensor, projection: Projection | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """`tensors` of a parameter's projection as this process keeps them: of a DTensor their shards."""
+    if projection is None:
+        return {}
+    out = projection.tensors(p)
+    if is_dtensor(p):
+        for name, (_, dtype) in out.items():
+            if (like := projection.tensor_like(p, name)) is not None:
+                out[name] = (tuple(local(like).shape), dtype)
+    return out
 
 
 def basis_dtype(p: torch.Tensor) -> torch.dtype:
@@ -234,8 +278,9 @@ def weight_bytes(slot) -> tuple[float, float]:
 class Site:
     """One projected parameter of a plan: its buffers, and the work before and after the launch of directions.
 
-    Attributes: shape (rows, cols), side, rank; `projected` (R) and `update` (U), low-rank buffers that live as long as the
-    plan; entry, the parameter's state dict; place: its index among the projected parameters and their number.
+    Attributes: shape (rows, cols), of a shard where the whole is `whole`; side, rank; `projected` (R) and `update` (U),
+    low-rank buffers that live as long as the plan; entry, the parameter's state dict; place: its index among the projected
+    parameters and their number.
     """
 
     owed = False  # whether a refresh has been put off
@@ -245,6 +290,7 @@ class Site:
     plain_rule: str | None = None  # of a second scalar row, for launches over updates (slot.plain_row)
     room = 0  # elements of the scratch buffers it shares with other sites (ProjectedSteps.scratch)
     full_room = 0  # the same, of buffers of full size
+    sharding: Sharding | None = None  # where the parameter is a DTensor
     counting = None  # sites of one group and step count share a scalar row if they agree in this
 
     def __init__(self, projection: Projection, p: torch.Tensor, entry: dict, grad_dtype: torch.dtype, tensor_id: int,
@@ -252,11 +298,11 @@ class Site:
         self.projection: Any = projection  # of the site's own class, with its options
         self.entry, self.tensor_id, self.place = entry, tensor_id, place
         self.seed = group["seed"]
-        self.shape = matrix_shape(p)
+        self.shape = self.whole = matrix_shape(p)
         wide = torch.float64 in (p.dtype, grad_dtype)
         self.basis_dtype = torch.float64 if wide else basis_dtype(p)
         self.side, self.rank = projection.side_for(self.shape), projection.rank_for(self.shape)
-        low_rank = projection.state_shape(self.shape)
+        low_rank = local(projection.state_like(p, "")).shape
         self.projected = torch.empty(low_rank, dtype=ops.projected_dtype(grad_dtype, self.basis_dtype), device=p.device)
         self.update = torch.empty(low_rank, dtype=self.basis_dtype, device=p.device)
 
@@ -288,6 +334,10 @@ class Site:
             return False
         self.owed = wanted and steps.found is not None and bool(steps.found)
         return wanted and not self.owed
+
+    def stream(self, tensor_id: int) -> int:
+        """The tensor's number as its random bits see it: shards have bits of their own."""
+        return tensor_id if self.sharding is None else tensor_id + (self.sharding.number % 128 << 24)
 
     def rule_step(self, step):
         """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""

@@ -12,7 +12,8 @@ from fusedopt.abi import Phase
 from fusedopt.backends.base import MatrixWork
 from fusedopt.options import check_nonnegative
 from fusedopt.projections import base
-from fusedopt.projections.galore import METHODS, BasisSite
+from fusedopt.projections.basis import BasisSite
+from fusedopt.projections.galore import METHODS
 from fusedopt.projections.pieces import FullSite, PieceLaunch, pieces_of
 from fusedopt.projections.selection import BLOCK_ORDERS, active_blocks, random_indices, squared_norms, top_indices
 from fusedopt.rule import get_rule

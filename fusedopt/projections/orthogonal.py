@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from fusedopt.abi import Phase
-from fusedopt.distributed import Sharding, is_dtensor
+from fusedopt.distributed import Sharding, is_dtensor, local
 from fusedopt.newton_schulz import Coefficients, orthogonalize
 from fusedopt.noise_rates import NoiseRates, layer_rates
 from fusedopt.projections import base, ops
@@ -83,13 +83,12 @@ class OrthogonalSite(FullSite):
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
-        self.sharding: Sharding | None = None
         self.whole = self.shape
         self.direction_dtype = torch.float64 if self.dtype == torch.float64 else DTYPES[projection.dtype]
         self.launches: dict[str, PieceLaunch] = {}
 
     def shape_of(self, p):
-        return base.matrix_shape(p) or (0, 0)  # a shard may be empty
+        return base.matrix_shape(local(p)) or (0, 0)  # a shard may be empty
 
     def bind(self, slot, steps) -> None:
         if is_dtensor(slot.owner):
@@ -134,10 +133,6 @@ class OrthogonalSite(FullSite):
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """Of a whole matrix what belongs to this process's parameter."""
         return whole if self.sharding is None else self.sharding.part(whole)
-
-    def stream(self, tensor_id: int) -> int:
-        """The tensor's number as its random bits see it: shards have bits of their own."""
-        return tensor_id if self.sharding is None else tensor_id + (self.sharding.number % 128 << 24)
 
     def direct(self, slot, steps, grad: torch.Tensor, target: torch.Tensor) -> None:
         """Fills `target` with what becomes orthogonal, and updates the momentum."""
@@ -185,9 +180,8 @@ def step_together(batch: Batch, steps) -> None:
         site = slot.site
         row_factor = None if numbers is None else numbers[i, : site.shape[0]]
         work = replace(
-            steps.work(slot, site.part(factor)), grad_scale=None, clip=None, scale=site.scale, row_factor=row_factor,
-            tensor_id=site.stream(slot.tensor_id),
-        )  # fmt: skip
+            steps.work(slot, site.part(factor)), grad_scale=None, clip=None, scale=site.scale, row_factor=row_factor
+        )
         ops.apply(slot.key.backend, work)
 
 
@@ -220,7 +214,6 @@ class Orthogonal(base.Projection):
 
     name: ClassVar[str] = "orthogonal"
     site: ClassVar[type] = OrthogonalSite
-    gathers: ClassVar[bool] = True
 
     coefficients: Coefficients
     eps: float = 1e-7
@@ -231,6 +224,9 @@ class Orthogonal(base.Projection):
     @property
     def compares(self) -> bool:
         return self.noise is not None
+
+    def sharded_site(self):
+        return OrthogonalSite
 
     def refuses(self, p):
         return None if base.matrix_shape(p) is not None else f"{p.dim()}-D tensors are no matrices"

@@ -14,7 +14,8 @@ import torch
 from fusedopt.backends.base import Int4Matrix
 from fusedopt.options import check_nonnegative
 from fusedopt.projections import base
-from fusedopt.projections.galore import BasisSite, GaLore
+from fusedopt.projections.basis import BasisSite
+from fusedopt.projections.galore import GaLore
 from fusedopt.projections.int4 import dequantize_affine, quantize_affine
 
 GROUP = 256  # consecutive elements of the projector that share a scale and a zero point

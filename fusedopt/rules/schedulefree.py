@@ -8,11 +8,12 @@ from itertools import accumulate
 import torch
 
 from fusedopt import masters
-from fusedopt.distributed import entry_of, local
+from fusedopt.distributed import local
 from fusedopt.kernels.language import jit, tl
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_betas, check_nonnegative
 from fusedopt.rule import Rule, State, register, register_optimizer
+from fusedopt.sharded_states import entry_of
 
 SGD_NAMES = ("lr", "back", "average", "weight_decay")
 ADAMW_NAMES = (*SGD_NAMES, "beta2", "weight2", "debias2_sqrt", "eps")
