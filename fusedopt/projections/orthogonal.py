@@ -226,7 +226,7 @@ class Orthogonal(base.Projection):
         return self.noise is not None
 
     def sharded_site(self):
-        return OrthogonalSite
+        return self.site
 
     def refuses(self, p):
         return None if base.matrix_shape(p) is not None else f"{p.dim()}-D tensors are no matrices"
