@@ -40,19 +40,30 @@ def as_dtensor(shard: torch.Tensor, like, shape: tuple[int, ...], stride: tuple[
     return DTensor(shard.detach(), spec, requires_grad=False)
 
 
-def spread(p, shape: tuple[int, int], kept: int, dtype: torch.dtype):
-    """A DTensor of a matrix, uninitialised: split as p is along its dimension `kept`, which is the same dimension of the matrix
-    that p is, and whole on every process along the other."""
+def spread(p, shape: tuple[int, ...], dims: dict[int, int], dtype: torch.dtype):
+    """A DTensor of another shape, uninitialised. dims: of each dimension of p that it has too, its number; it is split as p is
+    along these, and whole on every process along the others."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     size, p_local = list(shape), local(p)
-    if any(dim == kept for _, dim in sharded_dims(p)):
-        size[kept] = p_local.shape[kept]
-    placements = tuple(x if getattr(x, "dim", None) == kept else Replicate() for x in p.placements)
-    meta = TensorMeta(torch.Size(shape), (shape[1], 1), dtype)
+    for _, dim in sharded_dims(p):
+        if dim in dims:
+            size[dims[dim]] = p_local.shape[dim]
+    placements = tuple(_along(x, dims[x.dim]) if getattr(x, "dim", None) in dims else Replicate() for x in p.placements)
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    meta = TensorMeta(torch.Size(shape), stride, dtype)
     shard = torch.empty(size, dtype=dtype, device=p_local.device)
     return DTensor(shard, DTensorSpec(p.device_mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+def _along(placement, dim: int):
+    """A Shard, strided or not, along another dimension."""
+    from torch.distributed.tensor import Shard
+
+    if placement.dim == dim:
+        return placement
+    return Shard(dim) if type(placement) is Shard else type(placement)(dim, split_factor=placement.split_factor)
 
 
 def sharded_dims(p) -> list[tuple[int, int]]:
@@ -135,8 +146,8 @@ def check_sharded(what: str, p, projection, formats) -> None:
         raise RuntimeError(f"{what} has Partial placements {p.placements}. Redistribute it to Shard or Replicate.")
     if projection is not None and (reason := projection.refuses_shards(p)):
         raise RuntimeError(
-            f"{what} is a DTensor, and {type(projection).__name__} {reason}. Sharded parameters take GaLore, Muon and rules "
-            "without projection or factors (AdamW, Lion, SGD, LAMB, LARS); DDP keeps them whole."
+            f"{what} is a DTensor, and {type(projection).__name__} {reason}. Sharded parameters take GaLore, Muon, "
+            "Adafactor and rules without projection (AdamW, Lion, SGD, LAMB, LARS); DDP keeps them whole."
         )
     if projection is not None and not local(p).is_contiguous():
         raise RuntimeError(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fusedopt.precision import COMPANIONS
 
@@ -95,3 +95,29 @@ def assert_equal(a: list[torch.Tensor], b: list[torch.Tensor], what: str = "") -
         assert torch.equal(x, y), (
             f"{what}: tensor {i} {tuple(x.shape)} differs by {(x.double() - y.double()).abs().max()}"
         )
+
+
+def replicas_agree(opt) -> int:
+    """What every process has whole is the same everywhere, and how many such tensors there are."""
+    found = 0
+    for entry in opt.state.values():
+        for name, value in entry.items():
+            if not (isinstance(value, DTensor) and all(isinstance(x, Replicate) for x in value.placements)):
+                continue
+            mine = value.to_local().contiguous().view(-1)
+            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, mine)
+            assert all(torch.equal(x, mine) for x in everyone), name
+            found += 1
+    return found
+
+
+def spreads(shape) -> list[tuple]:
+    """Meshes and placements of a matrix."""
+    flat = mesh()
+    out = [(flat, [Shard(0)]), (flat, [Shard(1)]), (flat, [Replicate()])] if len(shape) == 2 else [(flat, [Shard(0)])]
+    if dist.get_world_size() == 4 and len(shape) == 2:
+        square = mesh(2, 2)
+        out += [(square, [Shard(0), Shard(1)]), (square, [Shard(1), Shard(0)]), (square, [Replicate(), Shard(0)])]
+        out += [(square, [Shard(0), Shard(0)])]
+    return out

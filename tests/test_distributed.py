@@ -247,7 +247,7 @@ def refusals():
             fusedopt.AdamW([weight], projection=fusedopt.DCT(rank=4)),
             "parameter 0 .*DTensor.*DCT needs the whole tensor",
         ),
-        (fusedopt.Adafactor([weight]), "parameter 0 .*DTensor.*needs the whole tensor"),
+        (fusedopt.MicroAdam([weight]), "parameter 0 .*DTensor.*needs the whole tensor"),
     ):
         before = whole(weight).clone()
         with pytest.raises(RuntimeError, match=message):

@@ -7,8 +7,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
-from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, train, weights, whole
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from sharded_models import (
+    assert_equal,
+    build,
+    mesh,
+    replicas_agree,
+    set_whole_grads,
+    sharded,
+    spreads,
+    train,
+    weights,
+    whole,
+)
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fusedopt
 from fusedopt import distributed
@@ -33,21 +44,6 @@ def pair(cls=fusedopt.AdamW, dtype=torch.float32, on=None, projection=None, last
 
 def states(model, opt) -> list[dict[str, torch.Tensor]]:
     return [{k: whole(v).clone() for k, v in opt.state[p].items()} for p in model.parameters()]
-
-
-def replicas_agree(opt) -> int:
-    """What every process has whole is the same everywhere, and how many such tensors there are."""
-    found = 0
-    for entry in opt.state.values():
-        for name, value in entry.items():
-            if not (isinstance(value, DTensor) and all(isinstance(x, Replicate) for x in value.placements)):
-                continue
-            mine = value.to_local().contiguous().view(-1)
-            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(everyone, mine)
-            assert all(torch.equal(x, mine) for x in everyone), name
-            found += 1
-    return found
 
 
 def close(rtol=2e-5, atol=2e-6, projected=3, **options) -> None:
@@ -99,17 +95,6 @@ def random_bits_of_shards_differ() -> None:
             first, second = opt.state[p]["exp_avg"].full_tensor().chunk(2)
             assert not torch.equal(first, second)
             torch.testing.assert_close(first, second, rtol=2**-7, atol=1e-6)
-
-
-def spreads(shape) -> list[tuple]:
-    """Meshes and placements of a matrix."""
-    flat = mesh()
-    out = [(flat, [Shard(0)]), (flat, [Shard(1)]), (flat, [Replicate()])] if len(shape) == 2 else [(flat, [Shard(0)])]
-    if dist.get_world_size() == 4 and len(shape) == 2:
-        square = mesh(2, 2)
-        out += [(square, [Shard(0), Shard(1)]), (square, [Shard(1), Shard(0)]), (square, [Replicate(), Shard(0)])]
-        out += [(square, [Shard(0), Shard(0)])]
-    return out
 
 
 def splits() -> None:

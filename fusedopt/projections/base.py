@@ -103,7 +103,8 @@ class Projection:
         shape = matrix_shape(p)
         low_rank = self.state_shape(shape)
         if is_dtensor(p):
-            return spread(p, low_rank, 1 if self.side_for(shape) == "left" else 0, p.dtype)
+            kept = 1 if self.side_for(shape) == "left" else 0
+            return spread(p, low_rank, {kept: kept}, p.dtype)
         return torch.empty(low_rank, dtype=p.dtype, device=p.device)
 
     def tensors(self, p: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

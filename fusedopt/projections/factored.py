@@ -10,6 +10,7 @@ import torch
 
 from fusedopt.abi import Phase
 from fusedopt.backends.base import MatrixWork, RowNumbers
+from fusedopt.distributed import Sharding, add_up, is_dtensor, local, sharded_dims, spread
 from fusedopt.memory import flat, is_dense
 from fusedopt.projections import base, ops
 from fusedopt.projections.pieces import FullSite, PieceLaunch, skipping
@@ -52,9 +53,17 @@ class FactoredSite(FullSite):
     gradient_reads = 3  # for its second moment, for the size of the update and for the update
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
+        self.sizes, self.split = p.shape, sharded_dims(p) if is_dtensor(p) else ()
+        self.sharding = Sharding(p) if is_dtensor(p) else None
+        self.mesh, p = getattr(p, "device_mesh", None), local(p)
         self.layout = projection.layout(p)
         self.logical = p
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
+
+    def add_up(self, x: torch.Tensor, *dims: int) -> torch.Tensor:
+        """What this process has summed over dimensions of the tensor (-1 the last), summed over those who have the rest."""
+        away = [d % len(self.sizes) for d in dims]
+        return add_up(x, tuple(self.mesh.get_group(i) for i, dim in self.split if dim in away)) if self.split else x
 
     def shape_of(self, p):
         """As [rows, cols] in memory order; vectors and tensors with permuted dimensions as one column."""
@@ -81,7 +90,7 @@ class FactoredSite(FullSite):
         return [base.Operation(name, whole.bytes + weights)]
 
     def after(self, grad, slot, steps) -> None:
-        if not grad.numel():
+        if not math.prod(self.sizes):
             return
         numbers, mul = steps.scalars.numbers[slot.row], steps.multiplier(slot)
         mul = mul.to(self.dtype) if isinstance(mul, torch.Tensor) else mul
@@ -95,10 +104,11 @@ class FactoredSite(FullSite):
             rows, cols = self._roots()
             work = MatrixWork(
                 self.matrix(slot.work_param), None if slot.companion is None else self.matrix(slot.companion),
-                slot.precision, None, None, self.row.table[0], self.row.numbers[0], slot.tensor_id, grad=grad,
+                slot.precision, None, None, self.row.table[0], self.row.numbers[0], self.stream(slot.tensor_id), grad=grad,
                 row_factor=rows * mul, col_factor=cols, found_inf=steps.found,
             )  # fmt: skip
-            ops.apply(self.backend, work)
+            if grad.numel():
+                ops.apply(self.backend, work)
             return
         self.row.write(steps, slot, 1.0, decay)
         if self.launch is None:
@@ -119,8 +129,15 @@ class FactoredSite(FullSite):
         if isinstance(size, torch.Tensor):  # what a number of the host becomes where it meets a tensor
             size = size.to(self.dtype)
         if h["scale_parameter"]:
-            size = ops.rms(slot.work_param, slot.companion, slot.precision, self.dtype).clamp(min=h["eps"][1]) * size
+            size = self._rms_weights(slot).clamp(min=h["eps"][1]) * size
         return size, (numbers.lr if self.torch_form else size) * h["weight_decay"]
+
+    def _rms_weights(self, slot) -> torch.Tensor:
+        mine, n = slot.work_param, slot.work_param.numel()
+        own = ops.rms(mine, slot.companion, slot.precision, self.dtype) if n else mine.new_zeros((), dtype=self.dtype)
+        if not self.split:
+            return own
+        return (self.add_up(own.square() * n, *range(len(self.sizes))) / math.prod(self.sizes)).sqrt()
 
     # The second moment
 
@@ -145,11 +162,14 @@ class FactoredSite(FullSite):
         for name, now in zip(("exp_avg_sq_row", "exp_avg_sq_col"), self._means(grad), strict=True):
             mean = self.entry[name]
             skipping(found, torch.lerp(mean, now * (mul * mul) + added, weight), mean)
+        self.row_mean = self._means_of_rows()  # once a step: it may take all processes
 
     def _means(self, grad) -> tuple[torch.Tensor, torch.Tensor]:
         """The means of the squared gradient over the last dimension and over the one before."""
         row, col = (torch.empty_like(self.entry[n]) for n in ("exp_avg_sq_row", "exp_avg_sq_col"))
-        if self.layout in ("matrix", "transposed"):
+        if not grad.numel():
+            row.zero_(), col.zero_()
+        elif self.layout in ("matrix", "transposed"):
             first, second = (col, row) if self.layout == "transposed" else (row, col)
             ops.row_col_sums(self.backend, grad, first, second)
         elif self.layout == "stack":
@@ -163,19 +183,20 @@ class FactoredSite(FullSite):
         else:
             squares = self._strided(grad).to(self.dtype).square()
             torch.sum(squares, -1, out=row), torch.sum(squares, -2, out=col)
-        return row.div_(self.logical.shape[-1]), col.div_(self.logical.shape[-2])
+        return self.add_up(row, -1).div_(self.sizes[-1]), self.add_up(col, -2).div_(self.sizes[-2])
 
     def _strided(self, memory: torch.Tensor) -> torch.Tensor:
         """A tensor in memory order as one of the parameter's shape."""
         return memory.as_strided(self.logical.shape, self.logical.stride(), memory.storage_offset())
 
     def _means_of_rows(self) -> torch.Tensor:
-        mean = self.entry["exp_avg_sq_row"].mean(-1, keepdim=True)
+        row = self.entry["exp_avg_sq_row"]
+        mean = self.add_up(row.sum(-1, keepdim=True), -2) / self.sizes[-2] if self.split else row.mean(-1, keepdim=True)
         return mean.clamp(min=self._floor()) if self.torch_form else mean
 
     def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the rows and the columns of the gradient are multiplied by, in memory order."""
-        row = (self.entry["exp_avg_sq_row"] / self._means_of_rows()).rsqrt()
+        row = (self.entry["exp_avg_sq_row"] / self.row_mean).rsqrt()
         col = self.entry["exp_avg_sq_col"].rsqrt()
         return (col, row) if self.layout == "transposed" else (row, col)
 
@@ -184,14 +205,18 @@ class FactoredSite(FullSite):
     def _rms_update(self, grad, mul, scratch) -> torch.Tensor:
         if self.one_product:
             rows, cols = self._roots()
-            total = ops.weighted_square_sum(self.backend, grad, rows.square(), cols.square()) * (mul * mul)
+            total = (
+                grad.new_zeros((), dtype=self.dtype)
+                if not grad.numel()
+                else ops.weighted_square_sum(self.backend, grad, rows.square(), cols.square()) * (mul * mul)
+            )
         else:
-            total = 0.0
+            total = torch.zeros((), dtype=self.dtype, device=grad.device)
             for piece in self.pieces.pieces:
                 self._fill(grad, mul, piece, scratch)
                 part = self.pieces.part_of(piece, scratch)
                 total = total + torch.dot(part, part)
-        return (total / grad.numel()).sqrt()
+        return (self.add_up(total, *range(len(self.sizes))) / math.prod(self.sizes)).sqrt()
 
     def _fill(self, grad, mul, piece, scratch) -> None:
         """mul * grad divided by the root of its second moment, for the rows of a piece."""
@@ -201,15 +226,15 @@ class FactoredSite(FullSite):
         if self.layout == "vector":
             root = self.entry["exp_avg_sq"].view(-1)[rows]
         elif self.layout == "strided":
-            row = self.entry["exp_avg_sq_row"] / self._means_of_rows()
+            row = self.entry["exp_avg_sq_row"] / self.row_mean
             whole = torch.empty_strided(self.logical.shape, self.logical.stride(), dtype=self.dtype, device=out.device)
             torch.mul(row[..., :, None], self.entry["exp_avg_sq_col"][..., None, :], out=whole)
             root = flat(whole)[rows]
         elif self.layout == "transposed":
-            row = self.entry["exp_avg_sq_row"] / self._means_of_rows()
+            row = self.entry["exp_avg_sq_row"] / self.row_mean
             root = self.entry["exp_avg_sq_col"][rows, None] * row
         else:
-            row = (self.entry["exp_avg_sq_row"] / self._means_of_rows()).view(-1)[rows]
+            row = (self.entry["exp_avg_sq_row"] / self.row_mean).view(-1)[rows]
             col = self.entry["exp_avg_sq_col"].view(-1, self.shape[1])
             if col.shape[0] > 1:
                 height = self.logical.shape[-2]
@@ -242,6 +267,9 @@ class Factored(base.Projection):
     def refuses(self, p):
         return None
 
+    def sharded_site(self):
+        return FactoredSite
+
     def state_like(self, p, name):
         return p
 
@@ -251,6 +279,18 @@ class Factored(base.Projection):
             return {"exp_avg_sq": (tuple(p.shape), dtype)}
         row, col = factor_shapes(p.shape)
         return {"exp_avg_sq_row": (row, dtype), "exp_avg_sq_col": (col, dtype)}
+
+    def tensor_like(self, p, name):
+        if name == "exp_avg_sq":
+            return p
+        shape, dtype = self.tensors(p)[name]
+        last = p.dim() - 1
+        dims = (
+            {d: d for d in range(last)}
+            if name == "exp_avg_sq_row"
+            else {**{d: d for d in range(last - 1)}, last: last - 1}
+        )
+        return spread(p, shape, dims, dtype)
 
 
 FACTORED = Factored()

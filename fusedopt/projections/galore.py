@@ -54,4 +54,5 @@ class GaLore(base.Subspace):
 
     def tensor_like(self, p, name):
         shape, dtype = self.tensors(p)[name]
-        return spread(p, shape, 0 if self.side_for(base.matrix_shape(p)) == "left" else 1, dtype)
+        away = 0 if self.side_for(base.matrix_shape(p)) == "left" else 1
+        return spread(p, shape, {away: away}, dtype)
