@@ -165,6 +165,25 @@ def strided() -> None:
             against_one(w, on, placements, apollo(side=side), gen)
 
 
+def transposed() -> None:
+    """A transposed weight has contiguous shards, whatever the strides of the whole say."""
+    for placement, side in itertools.product((Shard(0), Shard(1)), ("left", "right")):
+        for projection in (apollo(side=side), fusedopt.GaLore(rank=4, side=side, update_every=2)):
+            w = torch.randn(24, 10).t()
+            one, spread = (
+                torch.nn.Parameter(w.contiguous()),
+                torch.nn.Parameter(distribute_tensor(w, mesh(), [placement])),
+            )
+            assert distributed.local(spread).is_contiguous()
+            for p in (one, spread):
+                opt = fusedopt.AdamW([p], lr=0.02, projection=projection)
+                for i in range(STEPS):
+                    g = torch.randn(10, 24, generator=torch.Generator().manual_seed(i))
+                    p.grad = g if p is one else distribute_tensor(g, mesh(), [placement]).contiguous()
+                    opt.step()
+            torch.testing.assert_close(spread.full_tensor(), one.detach(), rtol=1e-5, atol=2e-6)
+
+
 def layers() -> torch.nn.Sequential:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 24)).double()
@@ -353,7 +372,8 @@ def resharded(folder: str) -> None:
 
 
 CHECKS = [
-    splits, like_one_process, storage, random_bits_of_shards_differ, sends_no_gradients, states_are_spread, resumed, overflow,
+    splits, transposed, like_one_process, storage, random_bits_of_shards_differ, sends_no_gradients, states_are_spread,
+    resumed, overflow,
 ]  # fmt: skip
 
 

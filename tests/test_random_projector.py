@@ -71,7 +71,7 @@ def test_a_span_has_the_numbers_of_the_whole(side, dtype):
     for first, end in ((0, 1999), (0, 1), (3, 9), (4, 8), (5, 7), (1998, 1999)):
         part = gaussian_projector((1999, 1999), 40, side, dtype=dtype, span=(first, end), **KEY)
         assert part.is_contiguous()
-        assert_bitwise(part, P[first:end] if side == "left" else P[:, first:end])
+        assert_bitwise([part], [P[first:end] if side == "left" else P[:, first:end]])
 
 
 def test_a_projector_does_not_depend_on_side_nor_on_what_lies_beyond():

@@ -114,17 +114,7 @@ class ShardedApolloSite(ApolloSite):
     def project(self, backend, grad, keys):
         summed = [x for x in (self.projected, self.squares) if x is not None]
         if grad.numel():
-            ops.project_seeded(
-                backend,
-                grad,
-                self.rank,
-                self.side,
-                self.projected,
-                self.squares,
-                **keys,
-                whole=self.whole,
-                spans=self.spans,
-            )
+            super().project(backend, grad, {**keys, "whole": self.whole, "spans": self.spans})
         else:
             for x in summed:
                 x.zero_()
