@@ -290,11 +290,12 @@ def resumed() -> None:
 
 def overflow() -> None:
     """One infinity, in one process's shard: nobody steps, no norm is kept, and the run goes on as if there had been no step."""
-    for side, fused in itertools.product(("left", "right"), (False, True)):
+    protocols = ({}, {"amp_fused": True}, {"amp_fused": True, "capturable": True})  # the last is not told by the host
+    for side, options in itertools.product(("left", "right"), protocols):
         found = []
         for overflows in (False, True):
             model = sharded()
-            opt = fusedopt.AdamW(model.parameters(), lr=0.02, projection=apollo(side=side), amp_fused=fused)
+            opt = fusedopt.AdamW(model.parameters(), lr=0.02, projection=apollo(side=side), **options)
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
             for i, size in enumerate(SIZES):
                 for infinite in (True, False) if overflows and i in (0, 3) else (False,):

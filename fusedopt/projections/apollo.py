@@ -109,7 +109,7 @@ class ShardedApolloSite(ApolloSite):
         self.shape = self.sharding.local_matrix
         away = 0 if self.side == "left" else 1
         self.adders, self.sharers = split_groups(p, away), split_groups(p, 1 - away)
-        self.spans = _spans(p, self.whole, away) if self.adders else None  # of the projector's numbers, None for all
+        self.spans = _spans(p, self.whole, away) if self.adders else None  # of the projector's numbers
 
     def project(self, backend, grad, keys):
         summed = [x for x in (self.projected, self.squares) if x is not None]
@@ -136,13 +136,14 @@ class ShardedApolloSite(ApolloSite):
             super().apply(grad, factor, slot, steps)
 
 
-def _spans(p, whole: tuple[int, int], dim: int) -> list[tuple[int, int]]:
-    """(first, end) of the runs of a DTensor matrix's rows (dim 0) or columns (dim 1) that this process has."""
+def _spans(p, whole: tuple[int, int], dim: int) -> list[tuple[int, int]] | None:
+    """(first, end) of the runs of a DTensor matrix's rows (dim 0) or columns (dim 1) that this process has; None: all of them."""
     size = whole[dim]
     numbers = torch.arange(size).view((size, 1) if dim == 0 else (1, size))
     mine = shard_of(spread(p, tuple(numbers.shape), dim, torch.int64), numbers).view(-1).cpu()
     runs = mine.tensor_split((mine.diff() != 1).nonzero().view(-1) + 1)
-    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+    spans = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+    return None if spans == [(0, size)] else spans
 
 
 @dataclass(frozen=True)
