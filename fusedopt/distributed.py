@@ -146,7 +146,7 @@ def check_sharded(what: str, p, projection, formats) -> None:
         raise RuntimeError(f"{what} has Partial placements {p.placements}. Redistribute it to Shard or Replicate.")
     if projection is not None and (reason := projection.refuses_shards(p)):
         raise RuntimeError(
-            f"{what} is a DTensor, and {type(projection).__name__} {reason}. Sharded parameters take GaLore, Muon, "
+            f"{what} is a DTensor, and {type(projection).__name__} {reason}. Sharded parameters take GaLore, APOLLO, Muon, "
             "Adafactor and rules without projection (AdamW, Lion, SGD, LAMB, LARS); DDP keeps them whole."
         )
     if projection is not None and not local(p).is_contiguous():
@@ -223,9 +223,12 @@ def _local_gradient(name: str, index: int, p: torch.Tensor, g) -> torch.Tensor:
 # Sums over a mesh
 
 
-def split_groups(t) -> tuple:
-    """The process groups whose members hold different parts of a tensor; none for a plain tensor. Replicas count once."""
-    return tuple(t.device_mesh.get_group(i) for i, _ in sharded_dims(t)) if is_dtensor(t) else ()
+def split_groups(t, along: int | None = None) -> tuple:
+    """The process groups whose members hold different parts of a tensor, or of one dimension (`along`) of it; none for a plain
+    tensor. Replicas count once."""
+    if not is_dtensor(t):
+        return ()
+    return tuple(t.device_mesh.get_group(i) for i, dim in sharded_dims(t) if along in (None, dim))
 
 
 def add_up(x: torch.Tensor, groups: tuple) -> torch.Tensor:

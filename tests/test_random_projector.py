@@ -64,6 +64,16 @@ def test_numbers_are_those_of_the_formula(side):
     torch.testing.assert_close(by_component.float(), want, rtol=1e-6, atol=1e-12)
 
 
+@over_sides
+@pytest.mark.parametrize("dtype", (F64, F32, BF16))
+def test_a_span_has_the_numbers_of_the_whole(side, dtype):
+    P = gaussian_projector((1999, 1999), 40, side, dtype=dtype, **KEY)
+    for first, end in ((0, 1999), (0, 1), (3, 9), (4, 8), (5, 7), (1998, 1999)):
+        part = gaussian_projector((1999, 1999), 40, side, dtype=dtype, span=(first, end), **KEY)
+        assert part.is_contiguous()
+        assert_bitwise([part], [P[first:end] if side == "left" else P[:, first:end]])
+
+
 def test_a_projector_does_not_depend_on_side_nor_on_what_lies_beyond():
     """The same numbers for every length of the side: components are counted apart, not numbered through."""
     left, right = (gaussian_projector((99, 99), 5, side, **KEY) for side in ("left", "right"))

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from fusedopt.distributed import Sharding, add_up, shard_of, split_groups, spread
 from fusedopt.projections import base, ops
+from fusedopt.projections.sharded import refusal
 
 SCOPES = ("channel", "tensor")
 _TINY = 1e-8  # added to norms in a denominator, as in the reference implementation
@@ -30,25 +32,43 @@ class ApolloSite(base.Site):
         if self.projection.norm_growth is not None:
             kept = self.shape[1] if self.side == "left" else self.shape[0]
             self.squares = torch.empty(kept, dtype=self.wide, device=grad.device)
-        ops.project_seeded(slot.key.backend, grad, self.rank, self.side, self.projected, self.squares, **keys)
+        self.project(slot.key.backend, grad, keys)
+
+    def project(self, backend: str, grad: torch.Tensor, keys: dict) -> None:
+        """Fills `projected` and, where it is wanted, `squares`. keys: of the projector."""
+        ops.project_seeded(backend, grad, self.rank, self.side, self.projected, self.squares, **keys)
+
+    def norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of U and R: of their columns (left) or rows (right), or of the whole of each."""
+        both = self.update.to(self.wide), self.projected.to(self.wide)
+        if self.projection.scope == "tensor":
+            return both[0].norm(), both[1].norm()
+        dim = 0 if self.side == "left" else 1
+        return both[0].norm(dim=dim), both[1].norm(dim=dim)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a number for each kept column (left) or row (right)."""
+        return x.sum()
 
     def after(self, grad: torch.Tensor, slot, steps) -> None:
-        dim = 0 if self.side == "left" else 1
-        whole = self.projection.scope == "tensor"
-        norm_of = (lambda x: x.norm()) if whole else (lambda x: x.norm(dim=dim))
-        update, projected = norm_of(self.update.to(self.wide)), norm_of(self.projected.to(self.wide))
+        update, projected = self.norms()
         mul = steps.multiplier(slot)
         factor = update * mul / (projected * abs(mul) + _TINY)
         if self.squares is not None:
-            norm = (factor.square() * self.squares).sum().sqrt()
+            norm = self.total(factor.square() * self.squares).sqrt()
             factor = factor / self._limit(norm, steps.found)
             self.squares = None
+        self.apply(grad, factor, slot, steps)
+
+    def apply(self, grad: torch.Tensor, factor: torch.Tensor, slot, steps) -> None:
+        """Updates the parameter by the scaled gradient."""
         work = replace(steps.work(slot, grad), scale=self.projection.scale**0.5)
-        spread = factor.expand(self.shape[1 - dim]).contiguous()
-        if self.side == "left":
-            work.col_factor = spread
+        left = self.side == "left"
+        factors = factor.expand(self.shape[1 if left else 0]).contiguous()
+        if left:
+            work.col_factor = factors
         else:
-            work.row_factor = spread
+            work.row_factor = factors
         ops.apply(slot.key.backend, work)
 
     def operations(self, slot) -> list[base.Operation]:
@@ -71,6 +91,59 @@ class ApolloSite(base.Site):
             new = torch.where(found.view(()) != 0, last, new)
         last.copy_(new)
         return limit
+
+
+class ShardedApolloSite(ApolloSite):
+    """One sharded matrix (DTensor: FSDP2, tensor parallelism, hybrid meshes). `whole` is its shape, `shape` that of this
+    process's shard.
+
+    Where processes share out the rows or columns that are projected away, each draws its part of the projector and has part of
+    R and of the squares: they are summed over these processes. Where they share out those that are kept, R, the states and the
+    factors are split like them, and sums over all of them (the limiter's norm, with scope "tensor" also those of U and R) are
+    sums of one number a process.
+    """
+
+    def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
+        super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
+        self.sharding = Sharding(p)
+        self.shape = self.sharding.local_matrix
+        away = 0 if self.side == "left" else 1
+        self.adders, self.sharers = split_groups(p, away), split_groups(p, 1 - away)
+        self.spans = _spans(p, self.whole, away) if self.adders else None  # of the projector's numbers
+
+    def project(self, backend, grad, keys):
+        summed = [x for x in (self.projected, self.squares) if x is not None]
+        if grad.numel():
+            super().project(backend, grad, {**keys, "whole": self.whole, "spans": self.spans})
+        else:
+            for x in summed:
+                x.zero_()
+        for x in summed:
+            add_up(x, self.adders)
+
+    def norms(self):
+        norms = super().norms()
+        if self.projection.scope == "channel" or not self.sharers:
+            return norms
+        update, projected = add_up(torch.stack(norms).double().square(), self.sharers).sqrt().to(self.wide)
+        return update, projected
+
+    def total(self, x):
+        return add_up(x.sum(dtype=torch.float64), self.sharers).to(self.wide)
+
+    def apply(self, grad, factor, slot, steps):
+        if grad.numel():
+            super().apply(grad, factor, slot, steps)
+
+
+def _spans(p, whole: tuple[int, int], dim: int) -> list[tuple[int, int]] | None:
+    """(first, end) of the runs of a DTensor matrix's rows (dim 0) or columns (dim 1) that this process has; None: all of them."""
+    size = whole[dim]
+    numbers = torch.arange(size).view((size, 1) if dim == 0 else (1, size))
+    mine = shard_of(spread(p, tuple(numbers.shape), {dim: dim}, torch.int64), numbers).view(-1).cpu()
+    runs = mine.tensor_split((mine.diff() != 1).nonzero().view(-1) + 1)
+    spans = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+    return None if spans == [(0, size)] else spans
 
 
 @dataclass(frozen=True)
@@ -109,6 +182,12 @@ class Apollo(base.Subspace):
     def tensors(self, p):
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         return {} if self.norm_growth is None else {"update_norm": ((), wide)}
+
+    def sharded_site(self):
+        return ShardedApolloSite if self.site is ApolloSite else None
+
+    def refuses_shards(self, p):
+        return super().refuses_shards(p) or refusal(p)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ def matrix_shape(p: torch.Tensor) -> tuple[int, int] | None:
     """(rows, cols) of a tensor as a matrix in memory order: its slowest dimension against all others. None: it is none.
 
     A transposed matrix is the matrix of its storage; a convolution weight (out, in, h, w) is (out, in h w), channels_last
-    with its columns in another order.
+    with its columns in another order. A DTensor is that of its first dimension: its strides are not its shards'.
     """
     if p.dim() < 2 or not p.numel():
         return None
-    if not is_dense(p) or p.is_contiguous():
+    if is_dtensor(p) or not is_dense(p) or p.is_contiguous():
         return p.shape[0], p.numel() // p.shape[0]
     rows = p.shape[max(range(p.dim()), key=lambda d: (p.shape[d] != 1, p.stride(d)))]
     return rows, p.numel() // rows

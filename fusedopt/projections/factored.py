@@ -10,7 +10,7 @@ import torch
 
 from fusedopt.abi import Phase
 from fusedopt.backends.base import MatrixWork, RowNumbers
-from fusedopt.distributed import Sharding, add_up, is_dtensor, local, sharded_dims, spread
+from fusedopt.distributed import Sharding, add_up, is_dtensor, local, split_groups, spread
 from fusedopt.memory import flat, is_dense
 from fusedopt.projections import base, ops
 from fusedopt.projections.pieces import FullSite, PieceLaunch, skipping
@@ -53,17 +53,18 @@ class FactoredSite(FullSite):
     gradient_reads = 3  # for its second moment, for the size of the update and for the update
 
     def __init__(self, projection, p, entry, grad_dtype, tensor_id, group, place):
-        self.sizes, self.split = p.shape, sharded_dims(p) if is_dtensor(p) else ()
+        self.owner, self.sizes = p, p.shape
         self.sharding = Sharding(p) if is_dtensor(p) else None
-        self.mesh, p = getattr(p, "device_mesh", None), local(p)
+        p = local(p)
         self.layout = projection.layout(p)
         self.logical = p
         super().__init__(projection, p, entry, grad_dtype, tensor_id, group, place)
 
     def add_up(self, x: torch.Tensor, *dims: int) -> torch.Tensor:
         """What this process has summed over dimensions of the tensor (-1 the last), summed over those who have the rest."""
-        away = [d % len(self.sizes) for d in dims]
-        return add_up(x, tuple(self.mesh.get_group(i) for i, dim in self.split if dim in away)) if self.split else x
+        if self.sharding is None:
+            return x
+        return add_up(x, tuple(g for d in dims for g in split_groups(self.owner, d % len(self.sizes))))
 
     def shape_of(self, p):
         """As [rows, cols] in memory order; vectors and tensors with permuted dimensions as one column."""
@@ -135,7 +136,7 @@ class FactoredSite(FullSite):
     def _rms_weights(self, slot) -> torch.Tensor:
         mine, n = slot.work_param, slot.work_param.numel()
         own = ops.rms(mine, slot.companion, slot.precision, self.dtype) if n else mine.new_zeros((), dtype=self.dtype)
-        if not self.split:
+        if self.sharding is None:
             return own
         return (self.add_up(own.square() * n, *range(len(self.sizes))) / math.prod(self.sizes)).sqrt()
 
@@ -191,7 +192,11 @@ class FactoredSite(FullSite):
 
     def _means_of_rows(self) -> torch.Tensor:
         row = self.entry["exp_avg_sq_row"]
-        mean = self.add_up(row.sum(-1, keepdim=True), -2) / self.sizes[-2] if self.split else row.mean(-1, keepdim=True)
+        mean = (
+            self.add_up(row.sum(-1, keepdim=True), -2) / self.sizes[-2]
+            if self.sharding is not None
+            else row.mean(-1, keepdim=True)
+        )
         return mean.clamp(min=self._floor()) if self.torch_form else mean
 
     def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:

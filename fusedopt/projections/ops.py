@@ -59,19 +59,24 @@ def project(backend: str, grad: torch.Tensor, basis: torch.Tensor | Int4Matrix, 
 
 def project_seeded(
     backend: str, grad: torch.Tensor, rank: int, side: str, out: torch.Tensor, squares: torch.Tensor | None,
-    *, seed: int, tensor_id: int, step: int,
+    *, seed: int, tensor_id: int, step: int, whole: tuple[int, int] | None = None,
+    spans: list[tuple[int, int]] | None = None,
 ) -> None:  # fmt: skip
     """`project` with the random basis of a seed (subspace.gaussian_projector), rounded to grad's dtype where that has 16 bits.
 
     squares: what the sums of squares of grad's columns (left, [cols]) or rows (right, [rows]) go to, or None.
+    whole: the shape of the matrix that grad is a part of; spans: (first, end) of the runs of its rows (left) or columns (right)
+    that grad has, None for all of them.
     """
-    if select.get_backend(backend).project_seeded(grad, seed, tensor_id, step, rank, side, out, squares):
+    kernel = select.get_backend(backend).project_seeded
+    if spans is None and kernel(grad, seed, tensor_id, step, rank, side, out, squares):
         return
     dtype = grad.dtype if grad.dtype.itemsize == 2 else out.dtype
-    keys = {"seed": seed, "tensor_id": tensor_id, "step": step}
-    project(
-        backend, grad, gaussian_projector(grad.shape, rank, side, device=grad.device, dtype=dtype, **keys), side, out
-    )
+    keys = {"seed": seed, "tensor_id": tensor_id, "step": step, "device": grad.device, "dtype": dtype}
+    shape = grad.shape if whole is None else whole
+    runs = [gaussian_projector(shape, rank, side, span=span, **keys) for span in spans or (None,)]
+    basis = runs[0] if len(runs) == 1 else torch.cat(runs, 0 if side == "left" else 1)
+    project(backend, grad, basis, side, out)
     if squares is not None:
         row_col_sums(backend, grad, *((None, squares) if side == "left" else (squares, None)))
 

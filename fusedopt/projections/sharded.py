@@ -9,7 +9,7 @@ whole new one, the same bits as one process alone, and keeps its part. So no ste
 
 from __future__ import annotations
 
-from fusedopt.distributed import Sharding, add_up, is_dtensor, local, shard_of, sharded_dims
+from fusedopt.distributed import Sharding, add_up, is_dtensor, local, shard_of, sharded_dims, split_groups
 from fusedopt.projections.basis import BasisSite
 
 
@@ -23,8 +23,7 @@ class ShardedBasisSite(BasisSite):
         self.sharding = Sharding(p)
         self.shape = self.sharding.local_matrix
         self.projector = projection.tensor_like(p, "projector")
-        away = 0 if self.side == "left" else 1
-        self.adders = tuple(p.device_mesh.get_group(i) for i, dim in sharded_dims(p) if dim == away)
+        self.adders = split_groups(p, 0 if self.side == "left" else 1)
 
     def old_basis(self):
         stored = self.entry.stored["projector"]

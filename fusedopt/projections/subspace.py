@@ -229,6 +229,7 @@ def gaussian_projector(
     step: int,
     device="cpu",
     dtype: torch.dtype = torch.float32,
+    span: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """APOLLO's random projector N(0, 1) / sqrt(rank), [rows, rank] or [rank, cols]: drawn again from its seed, never stored.
 
@@ -236,16 +237,20 @@ def gaussian_projector(
     tensor id, step), whose words make two pairs by Box and Muller (1958): r cos(t), r sin(t) with
     r^2 = -2 / rank ln(((w >> 8) + 1) / 2^24) and t = 2 pi (w' >> 8) / 2^24. Kernels compute them in fp32, which changes each by
     at most 4e-7 of itself; fp32 values here are rounded from fp64. 16-bit ones are rounded from fp32.
+
+    span: (first, end) of the numbers d that are drawn, for a part of the matrix; None: all.
     """
     _check(shape, rank, side, "gaussian_projector")
-    depth = shape[0] if side == "left" else shape[1]
-    quads = (depth + 3) // 4
+    start, end = (0, shape[0] if side == "left" else shape[1]) if span is None else span
+    depth, skipped = end - start, start // 4
+    quads = (end + 3) // 4 - skipped
     out = torch.empty(rank, depth, dtype=dtype, device=device)
     block = max(1, _DRAWN // quads)  # components at a time: temporaries of 64-bit words stay small
     for first in range(0, rank, block):
         j = torch.arange(first, min(rank, first + block), dtype=torch.int64, device=device)
-        counter = (j[:, None] << 32) + torch.arange(quads, dtype=torch.int64, device=device)
-        z = gaussian_numbers(counter, -2 / rank, seed, tensor_id, step).view(len(j), 4 * quads)[:, :depth]
+        counter = (j[:, None] << 32) + torch.arange(skipped, skipped + quads, dtype=torch.int64, device=device)
+        z = gaussian_numbers(counter, -2 / rank, seed, tensor_id, step).view(len(j), 4 * quads)
+        z = z[:, start - 4 * skipped : end - 4 * skipped]
         out[first : first + len(j)] = z if dtype == torch.float64 else z.float()
     return out.t().contiguous() if side == "left" else out
 
