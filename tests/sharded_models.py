@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fusedopt.precision import COMPANIONS
 
@@ -120,4 +121,6 @@ def spreads(shape) -> list[tuple]:
         square = mesh(2, 2)
         out += [(square, [Shard(0), Shard(1)]), (square, [Shard(1), Shard(0)]), (square, [Replicate(), Shard(0)])]
         out += [(square, [Shard(0), Shard(0)])]
+        if shape[0] % 4 == 0:
+            out += [(square, [_StridedShard(0, split_factor=2), Shard(0)])]  # FSDP2 of tensor parallelism
     return out

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from processes import run
-from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, train, weights, whole
+from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, spreads, train, weights, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -119,21 +119,19 @@ def resumed():
 def splits():
     """Matrices and stacks of filters, split along any dimension or not at all; a shard that is not contiguous is refused."""
     gen = torch.Generator().manual_seed(0)
-    shapes = ((24, 10), (10, 24), (6, 5, 3, 3), (16, 16))
-    for shape in shapes:
-        for placement in (Shard(0), Shard(1), Replicate()):
+    for shape in ((24, 10), (10, 24), (6, 5, 3, 3), (16, 16)):
+        every = spreads(shape) if len(shape) == 2 else [(mesh(), [x]) for x in (Shard(0), Shard(1), Replicate())]
+        for on, placements in every:
             w, grads = torch.randn(shape, generator=gen), torch.randn(3, *shape, generator=gen)
             one = nn.Parameter(w.clone())
-            spread = nn.Parameter(distribute_tensor(w, mesh(), [placement]))
-            if not spread.to_local().is_contiguous():
-                spread = nn.Parameter(spread.detach().contiguous())
+            spread = nn.Parameter(distribute_tensor(w.clone(), on, placements).contiguous())
             groups = [[{"params": [p], "orthogonalize": True}] for p in (one, spread)]
             opts = [fusedopt.Muon(group, **OPTIONS) for group in groups]
             for g in grads:
-                one.grad, spread.grad = g, distribute_tensor(g, mesh(), [placement])
+                one.grad, spread.grad = g, distribute_tensor(g, on, placements)
                 for opt in opts:
                     opt.step()
-            assert torch.equal(spread.full_tensor(), one), (shape, placement)
+            assert torch.equal(spread.full_tensor(), one) and not torch.equal(one, w), (shape, placements)
     turned = nn.Parameter(DTensor.from_local(torch.randn(10, 12).t(), mesh(), [Shard(0)]))
     turned.grad = turned.detach().clone()
     with pytest.raises(RuntimeError, match="shard of strides"):
