@@ -232,10 +232,11 @@ def split_groups(t, along: int | None = None) -> tuple:
 
 
 def add_up(x: torch.Tensor, groups: tuple) -> torch.Tensor:
-    """x summed over process groups, in place."""
+    """x summed over process groups, in place; 16-bit numbers are added in fp32 and rounded once."""
+    wide = x.float() if groups and x.dtype.itemsize == 2 else x
     for group in groups:
-        torch.distributed.all_reduce(x, group=group)
-    return x
+        torch.distributed.all_reduce(wide, group=group)
+    return x if wide is x else x.copy_(wide)
 
 
 def largest(x: torch.Tensor, groups: tuple) -> torch.Tensor:

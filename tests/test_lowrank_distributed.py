@@ -142,6 +142,13 @@ def sends_no_gradients() -> None:
             assert step not in (0, 3) or sum(sent.numels) >= 64 * 48 / dist.get_world_size()
 
 
+def sums_in_fp32() -> None:
+    """256 + 1 + 1 + 1 in bf16, whose numbers are 2 apart there: each sum would lose the 1 that is added to 256."""
+    x = torch.full((64,), 256.0 if dist.get_rank() == 0 else 1.0).bfloat16()
+    out = distributed.add_up(x, (mesh().get_group(),))
+    assert out is x and torch.equal(x, torch.full((64,), 260.0).bfloat16())
+
+
 def states_are_spread() -> None:
     """A process keeps its part of what the processes share out."""
     world = dist.get_world_size()
@@ -285,4 +292,4 @@ def hybrid() -> None:
 
 
 def test_four_processes():
-    run(4, [splits, hybrid, states_are_spread, resumed])
+    run(4, [sums_in_fp32, splits, hybrid, states_are_spread, resumed])

@@ -138,6 +138,28 @@ def splits():
         fusedopt.Muon([{"params": [turned], "orthogonalize": True}], **OPTIONS).step()
 
 
+def checkpoint_of_noise(folder: str):
+    """A state that every process has whole, in torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    options = {**OPTIONS, "noise_rates": (1.0, 0.9)}
+    model = sharded()
+    opt = fusedopt.Muon(model.named_parameters(), **options)
+    train(model, opt, 0, 2)
+    names, state = get_state_dict(model, opt)
+    dcp.save({"model": names, "optimizer": state}, checkpoint_id=folder)
+    train(model, opt, 2, 4)
+    again = sharded()
+    other = fusedopt.Muon(again.named_parameters(), **options)
+    names, state = get_state_dict(again, other)
+    loaded = {"model": names, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(again, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    train(again, other, 2, 4)
+    assert_equal(contents(again, other), contents(model, opt))
+
+
 def hybrid():
     """Replicas of shards."""
     same(fusedopt.Muon, torch.float32, mesh(2, 2), adam_lr=0.01)
@@ -146,8 +168,9 @@ def hybrid():
 CHECKS = [splits, every_class, storage, random_bits_of_shards_differ, clipped, resumed]
 
 
-def test_two_processes():
+def test_two_processes(tmp_path):
     run(2, CHECKS)
+    run(2, [checkpoint_of_noise], str(tmp_path))
 
 
 def test_four_processes():
