@@ -48,6 +48,12 @@ class Slot:
         return isinstance(self.param, Int8Weight)
 
     @property
+    def stream(self) -> int:
+        """The number of a projected tensor as its random bits see it: shards have bits of their own."""
+        sharding = None if self.site is None else self.site.sharding
+        return self.tensor_id if sharding is None else self.tensor_id + (sharding.number % 128 << 24)
+
+    @property
     def target(self) -> torch.Tensor:
         """What a launch writes in place of the parameter."""
         return self.work_param if self.site is None else self.site.update

@@ -37,7 +37,7 @@ class FakeSlot:
     def __init__(self, work):
         item = work.items[0]
         self.work_param, self.companion, self.precision = item.param, item.companion, work.precision
-        self.tensor_id = item.tensor_id
+        self.stream = item.tensor_id
 
 
 def usable(backend: str) -> None:

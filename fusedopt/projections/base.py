@@ -336,10 +336,6 @@ class Site:
         self.owed = wanted and steps.found is not None and bool(steps.found)
         return wanted and not self.owed
 
-    def stream(self, tensor_id: int) -> int:
-        """The tensor's number as its random bits see it: shards have bits of their own."""
-        return tensor_id if self.sharding is None else tensor_id + (self.sharding.number % 128 << 24)
-
     def rule_step(self, step):
         """The step count that the rule's bias corrections see; arithmetic only, step may be a tensor."""
         return step

@@ -105,7 +105,7 @@ class FactoredSite(FullSite):
             rows, cols = self._roots()
             work = MatrixWork(
                 self.matrix(slot.work_param), None if slot.companion is None else self.matrix(slot.companion),
-                slot.precision, None, None, self.row.table[0], self.row.numbers[0], self.stream(slot.tensor_id), grad=grad,
+                slot.precision, None, None, self.row.table[0], self.row.numbers[0], slot.stream, grad=grad,
                 row_factor=rows * mul, col_factor=cols, found_inf=steps.found,
             )  # fmt: skip
             if grad.numel():

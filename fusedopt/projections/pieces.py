@@ -131,7 +131,7 @@ class PieceLaunch:
         count, n = len(pieces.pieces), pieces.shape[0] * pieces.shape[1]
         companion = None if self.companion is None else flat(self.companion)
         whole = [pieces.whole_tensor(t) for t in (self.target, *self.states)]
-        item = Item(whole[0], None, tuple(whole[1:]), self.scales, slot.site.stream(slot.tensor_id), row, companion)
+        item = Item(whole[0], None, tuple(whole[1:]), self.scales, slot.stream, row, companion)
         longest = max((p.last - p.first for p in pieces.pieces), default=0)
         chunk = chunk_size(longest, pieces.backend.units(pieces.device))
         while any(p.first % chunk for p in pieces.pieces):
@@ -151,7 +151,7 @@ class PieceLaunch:
                 table[Column.STATE + k, i] = address(state, piece)
                 table[Column.SCALE + k, i] = 0 if scale is None else scale.data_ptr()
         table[Column.NUMEL] = n
-        table[Column.META] = self.slot.site.stream(self.slot.tensor_id) << 32 | self.row
+        table[Column.META] = self.slot.stream << 32 | self.row
         table[Column.COMPANION] = 0 if self.companion is None else self.companion.data_ptr()
         return table.to(self.pieces.device)
 

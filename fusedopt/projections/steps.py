@@ -100,6 +100,6 @@ class ProjectedSteps:
         param = slot.param if slot.quantized else matrix(slot.work_param)
         return MatrixWork(
             param, None if companion is None else matrix(companion), slot.precision, None, None,
-            self.scalars.table[slot.row], self.scalars.numbers[slot.row], slot.site.stream(slot.tensor_id), grad=grad,
+            self.scalars.table[slot.row], self.scalars.numbers[slot.row], slot.stream, grad=grad,
             grad_scale=self.scale, clip=self.clip, found_inf=self.found,
         )  # fmt: skip
