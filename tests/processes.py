@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -13,18 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _work(rank: int, world: int, port: int, checks: Sequence[Callable], arguments: tuple) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
-    )
+def _work(rank: int, world: int, meeting: str, checks: Sequence[Callable], arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    store = dist.FileStore(meeting, world)  # a port that is free now may be taken when the group begins
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     for check in checks:
         try:
             torch.manual_seed(0)
@@ -49,4 +42,5 @@ def run(world: int, checks: Sequence[Callable], *arguments) -> None:
 
     Raises the first failure of any process.
     """
-    mp.spawn(_work, (world, free_port(), tuple(checks), arguments), world)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, (world, f"{folder}/meeting", tuple(checks), arguments), world)

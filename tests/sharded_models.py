@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fusedopt.precision import COMPANIONS
@@ -96,6 +96,12 @@ def assert_equal(a: list[torch.Tensor], b: list[torch.Tensor], what: str = "") -
         assert torch.equal(x, y), (
             f"{what}: tensor {i} {tuple(x.shape)} differs by {(x.double() - y.double()).abs().max()}"
         )
+
+
+def shards(w: torch.Tensor, on, placements) -> DTensor:
+    """w as a DTensor whose shards are contiguous, which those that torch 2.6 cuts out of columns are not."""
+    cut = distribute_tensor(w, on, placements)
+    return DTensor.from_local(cut.to_local().contiguous(), on, placements, shape=w.shape, stride=cut.stride())
 
 
 def replicas_agree(opt) -> int:

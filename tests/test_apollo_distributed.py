@@ -7,7 +7,7 @@ import itertools
 import torch
 import torch.distributed as dist
 from processes import run
-from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, weights
+from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, shards, weights
 from test_lowrank_distributed import replicas_agree, spreads, states
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -123,12 +123,12 @@ def random_bits_of_shards_differ() -> None:
 def against_one(w, on, placements, projection, gen) -> torch.Tensor:
     """One matrix, whole and in shards. Returns the norms of its updates."""
     one = torch.nn.Parameter(w.clone())
-    spread = torch.nn.Parameter(distribute_tensor(w.clone(), on, placements).contiguous())
+    spread = torch.nn.Parameter(shards(w.clone(), on, placements))
     opts = [fusedopt.AdamW([p], lr=0.02, projection=projection) for p in (one, spread)]
     norms = []
     for size in SIZES:
         g = torch.randn(w.shape, generator=gen, dtype=w.dtype) * size
-        one.grad, spread.grad = g, distribute_tensor(g, on, placements).contiguous()
+        one.grad, spread.grad = g, shards(g, on, placements)
         for opt in opts:
             opt.step()
         if projection.norm_growth is not None:
@@ -179,7 +179,7 @@ def transposed() -> None:
                 opt = fusedopt.AdamW([p], lr=0.02, projection=projection)
                 for i in range(STEPS):
                     g = torch.randn(10, 24, generator=torch.Generator().manual_seed(i))
-                    p.grad = g if p is one else distribute_tensor(g, mesh(), [placement]).contiguous()
+                    p.grad = g if p is one else shards(g, mesh(), [placement])
                     opt.step()
             torch.testing.assert_close(spread.full_tensor(), one.detach(), rtol=1e-5, atol=2e-6)
 
@@ -233,10 +233,10 @@ def sends_no_gradients() -> None:
         ("right", Shard(0), "tensor", GROWTH, [2, 1]),
         ("right", Shard(0), "tensor", None, [2]),
     ):
-        p = torch.nn.Parameter(distribute_tensor(torch.randn(64, 48), mesh(), [placement]).contiguous())
+        p = torch.nn.Parameter(shards(torch.randn(64, 48), mesh(), [placement]))
         opt = fusedopt.AdamW([p], projection=apollo(side=side, scope=scope, norm_growth=growth))
         for _ in range(3):
-            p.grad = distribute_tensor(torch.randn(64, 48), mesh(), [placement]).contiguous()
+            p.grad = shards(torch.randn(64, 48), mesh(), [placement])
             with Sent() as sent:
                 opt.step()
             assert sent.numels == want, (side, placement, scope, growth, sent.numels)
@@ -246,7 +246,7 @@ def states_are_spread() -> None:
     """A process keeps its part of what the processes share out."""
     world = dist.get_world_size()
     for side, placement in (("right", Shard(0)), ("left", Shard(1)), ("left", Shard(0)), ("right", Shard(1))):
-        p = torch.nn.Parameter(distribute_tensor(torch.randn(64, 48), mesh(), [placement]).contiguous())
+        p = torch.nn.Parameter(shards(torch.randn(64, 48), mesh(), [placement]))
         p.grad = p.detach().clone()
         opt = fusedopt.AdamW([p], projection=apollo(side=side))
         opt.step()

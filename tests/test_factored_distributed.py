@@ -14,6 +14,7 @@ from sharded_models import (
     replicas_agree,
     set_whole_grads,
     sharded,
+    shards,
     spreads,
     train,
     weights,
@@ -73,10 +74,10 @@ def splits() -> None:
             for options in VARIANTS[1:3]:
                 w, grads = torch.randn(shape, generator=gen), torch.randn(STEPS, *shape, generator=gen)
                 one = torch.nn.Parameter(w.clone())
-                spread = torch.nn.Parameter(distribute_tensor(w.clone(), on, placements).contiguous())
+                spread = torch.nn.Parameter(shards(w.clone(), on, placements))
                 opts = [fusedopt.Adafactor([p], **options) for p in (one, spread)]
                 for g in grads:
-                    one.grad, spread.grad = g, distribute_tensor(g, on, placements).contiguous()
+                    one.grad, spread.grad = g, shards(g, on, placements)
                     for opt in opts:
                         opt.step()
                 torch.testing.assert_close(spread.full_tensor(), one.detach(), rtol=1e-5, atol=1e-6)
@@ -92,10 +93,10 @@ def columns_of_filters() -> None:
     for dim in range(4):
         w, grads = torch.randn(4, 6, 5, 3, generator=gen), torch.randn(STEPS, 4, 6, 5, 3, generator=gen)
         one = torch.nn.Parameter(w.clone())
-        spread = torch.nn.Parameter(distribute_tensor(w.clone(), mesh(), [Shard(dim)]).contiguous())
+        spread = torch.nn.Parameter(shards(w.clone(), mesh(), [Shard(dim)]))
         opts = [fusedopt.Adafactor([p]) for p in (one, spread)]
         for g in grads:
-            one.grad, spread.grad = g, distribute_tensor(g, mesh(), [Shard(dim)]).contiguous()
+            one.grad, spread.grad = g, shards(g, mesh(), [Shard(dim)])
             for opt in opts:
                 opt.step()
         torch.testing.assert_close(spread.full_tensor(), one.detach(), rtol=1e-5, atol=1e-6)

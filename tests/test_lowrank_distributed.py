@@ -14,6 +14,7 @@ from sharded_models import (
     replicas_agree,
     set_whole_grads,
     sharded,
+    shards,
     spreads,
     train,
     weights,
@@ -105,11 +106,11 @@ def splits() -> None:
             for side in ("left", "right"):
                 w, grads = torch.randn(shape, generator=gen), torch.randn(STEPS, *shape, generator=gen)
                 one = torch.nn.Parameter(w.clone())
-                spread = torch.nn.Parameter(distribute_tensor(w.clone(), on, placements).contiguous())
+                spread = torch.nn.Parameter(shards(w.clone(), on, placements))
                 projection = fusedopt.GaLore(rank=2, update_every=2, side=side)
                 opts = [fusedopt.Lion([p], lr=0.02, projection=projection) for p in (one, spread)]
                 for g in grads:
-                    one.grad, spread.grad = g, distribute_tensor(g, on, placements).contiguous()
+                    one.grad, spread.grad = g, shards(g, on, placements)
                     for opt in opts:
                         opt.step()
                 torch.testing.assert_close(spread.full_tensor(), one.detach(), rtol=1e-5, atol=1e-5)
@@ -131,10 +132,10 @@ def sends_no_gradients() -> None:
             return func(*args, **(kwargs or {}))
 
     for side, placement, want in (("right", Shard(0), []), ("left", Shard(0), [4 * 48]), ("left", Shard(1), [])):
-        p = torch.nn.Parameter(distribute_tensor(torch.randn(64, 48), mesh(), [placement]).contiguous())
+        p = torch.nn.Parameter(shards(torch.randn(64, 48), mesh(), [placement]))
         opt = fusedopt.AdamW([p], projection=fusedopt.GaLore(rank=4, update_every=3, side=side))
         for step in range(4):
-            p.grad = distribute_tensor(torch.randn(64, 48), mesh(), [placement]).contiguous()
+            p.grad = shards(torch.randn(64, 48), mesh(), [placement])
             with Sent() as sent:
                 sent.numels = []
                 opt.step()
@@ -153,7 +154,7 @@ def states_are_spread() -> None:
     """A process keeps its part of what the processes share out."""
     world = dist.get_world_size()
     for side, placement in (("right", Shard(0)), ("left", Shard(1)), ("left", Shard(0)), ("right", Shard(1))):
-        p = torch.nn.Parameter(distribute_tensor(torch.randn(64, 48), mesh(), [placement]).contiguous())
+        p = torch.nn.Parameter(shards(torch.randn(64, 48), mesh(), [placement]))
         p.grad = p.detach().clone()
         opt = fusedopt.AdamW([p], projection=fusedopt.GaLore(rank=4, side=side))
         opt.step()
@@ -259,7 +260,7 @@ def resharded(folder: str) -> None:
 
 def refusals() -> None:
     """Nothing is updated."""
-    filters = distribute_tensor(torch.randn(6, 8, 3, 3), mesh(), [Shard(1)]).contiguous()
+    filters = shards(torch.randn(6, 8, 3, 3), mesh(), [Shard(1)])
     matrix = distribute_tensor(torch.randn(64, 48), mesh(), [Shard(0)])
     for w, projection, message in (
         (filters, fusedopt.GaLore(rank=2), "GaLore takes matrices whose first dimension is split"),

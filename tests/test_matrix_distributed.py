@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from processes import run
-from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, spreads, train, weights, whole
+from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, shards, spreads, train, weights, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -124,7 +124,7 @@ def splits():
         for on, placements in every:
             w, grads = torch.randn(shape, generator=gen), torch.randn(3, *shape, generator=gen)
             one = nn.Parameter(w.clone())
-            spread = nn.Parameter(distribute_tensor(w.clone(), on, placements).contiguous())
+            spread = nn.Parameter(shards(w.clone(), on, placements))
             groups = [[{"params": [p], "orthogonalize": True}] for p in (one, spread)]
             opts = [fusedopt.Muon(group, **OPTIONS) for group in groups]
             for g in grads:
