@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fusedopt import distributed
 from fusedopt.precision import COMPANIONS
 
 
@@ -130,3 +134,35 @@ def spreads(shape) -> list[tuple]:
         if shape[0] % 4 == 0:
             out += [(square, [_StridedShard(0, split_factor=2), Shard(0)])]  # FSDP2 of tensor parallelism
     return out
+
+
+def resumes(make: Callable, train: Callable = train) -> None:
+    """Bit for bit from a state dict of shards; a step that overflows leaves everything as it was.
+
+    make(model, **options): its optimizer. train(model, opt, first, last): steps on the same gradients each time.
+    """
+    model = sharded()
+    opt = make(model)
+    train(model, opt, 0, 3)
+    buffer = io.BytesIO()
+    torch.save([opt.state_dict(), [p.to_local().clone() for p in model.parameters()]], buffer)
+    train(model, opt, 3, 6)
+    buffer.seek(0)
+    state, kept = torch.load(buffer, weights_only=False)  # DTensors
+    again = sharded()
+    for p, w in zip(again.parameters(), kept, strict=True):
+        distributed.local(p).data.copy_(w)
+    other = make(again, amp_fused=True)
+    other.load_state_dict(state)
+    train(again, other, 3, 4)
+    before = weights(again)
+    other.grad_scale, other.found_inf = None, torch.ones(())
+    set_whole_grads(again, 4)
+    other.step()
+    del other.grad_scale, other.found_inf
+    assert_equal(weights(again), before, "a skipped step")
+    train(again, other, 4, 6)
+    assert_equal(weights(again), weights(model), "resumed")
+    for mine, want in zip(other.state_dict()["state"].values(), opt.state_dict()["state"].values(), strict=True):
+        assert mine.keys() == want.keys()
+        assert_equal([whole(mine[name]) for name in want], [whole(v) for v in want.values()], "resumed")

@@ -1,7 +1,6 @@
 """Adafactor with sharded tensors (FSDP2, tensor parallelism, hybrid meshes) in 2 and 4 processes against one process."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from sharded_models import (
     build,
     mesh,
     replicas_agree,
-    set_whole_grads,
+    resumes,
     sharded,
     shards,
     spreads,
@@ -23,7 +22,6 @@ from sharded_models import (
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fusedopt
-from fusedopt import distributed
 
 STEPS = 4
 VARIANTS = (
@@ -117,30 +115,8 @@ def random_bits_of_shards_differ() -> None:
 
 
 def resumed() -> None:
-    """Bit for bit from a state dict of shards; an overflow in one step leaves everything as it was."""
     options = {"lr": 0.02, "beta1": 0.9, "state_format": "int8", "min_quantized_numel": 0}
-    model = sharded()
-    opt = fusedopt.Adafactor(model.parameters(), **options)
-    train(model, opt, 0, 3)
-    buffer = io.BytesIO()
-    torch.save([opt.state_dict(), [p.to_local().clone() for p in model.parameters()]], buffer)
-    train(model, opt, 3, 6)
-    buffer.seek(0)
-    state, kept = torch.load(buffer, weights_only=False)  # DTensors
-    again = sharded()
-    for p, w in zip(again.parameters(), kept, strict=True):
-        distributed.local(p).data.copy_(w)
-    other = fusedopt.Adafactor(again.parameters(), **options, amp_fused=True)
-    other.load_state_dict(state)
-    train(again, other, 3, 4)
-    now = weights(again)
-    other.grad_scale, other.found_inf = None, torch.ones(())
-    set_whole_grads(again, 4)
-    other.step()
-    del other.grad_scale, other.found_inf
-    assert_equal(weights(again), now, "a skipped step")
-    train(again, other, 4, 6)
-    assert_equal(weights(again), weights(model), "resumed")
+    resumes(lambda model, **more: fusedopt.Adafactor(model.parameters(), **options, **more))
 
 
 def checkpoints(folder: str) -> None:

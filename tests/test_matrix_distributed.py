@@ -1,17 +1,14 @@
 """Muon and its kin with sharded matrices (FSDP2, tensor parallelism, hybrid meshes) in 2 and 4 processes against one process: the
 bits are the same, since every process takes the whole direction through the same iteration."""
 
-import io
-
 import pytest
 import torch
 from processes import run
-from sharded_models import assert_equal, build, mesh, set_whole_grads, sharded, shards, spreads, train, weights, whole
+from sharded_models import assert_equal, build, mesh, resumes, sharded, shards, spreads, train, weights, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fusedopt
-from fusedopt import distributed
 
 STEPS = 3
 FAMILY = (
@@ -91,29 +88,7 @@ def clipped():
 
 
 def resumed():
-    """Bit for bit from a state dict of shards; an overflow in one step leaves everything as it was."""
-    model = sharded()
-    opt = fusedopt.Muon(model.named_parameters(), **OPTIONS)
-    train(model, opt, 0, 2)
-    buffer = io.BytesIO()
-    torch.save([opt.state_dict(), [p.to_local().clone() for p in model.parameters()]], buffer)
-    train(model, opt, 2, 4)
-    buffer.seek(0)
-    state, kept = torch.load(buffer, weights_only=False)  # DTensors
-    again = sharded()
-    for p, w in zip(again.parameters(), kept, strict=True):
-        distributed.local(p).data.copy_(w)
-    other = fusedopt.Muon(again.named_parameters(), **OPTIONS, amp_fused=True)
-    other.load_state_dict(state)
-    train(again, other, 2, 3)
-    before = weights(again)
-    other.grad_scale, other.found_inf = None, torch.ones(())
-    set_whole_grads(again, 3)
-    other.step()
-    del other.grad_scale, other.found_inf
-    assert_equal(weights(again), before, "a skipped step")
-    train(again, other, 3, 4)
-    assert_equal(contents(again, other), contents(model, opt), "resumed")
+    resumes(lambda model, **more: fusedopt.Muon(model.named_parameters(), **OPTIONS, **more))
 
 
 def splits():
